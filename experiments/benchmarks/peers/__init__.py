@@ -1,0 +1,1 @@
+"""Models of other libraries, to measure against in the same run."""

@@ -1,0 +1,312 @@
+"""Cross-entropy of a linear classifier without the [tokens, vocabulary] logits in memory.
+
+``linear_cross_entropy`` is the loss, ``sample_linear_categorical`` draws labels from the model's own distribution and
+``sampled_linear_cross_entropy`` is the loss on such labels (the Gauss-Newton-Bartlett estimator). An implementation is
+a module of this package, named as in the registries below, with some of ``forward``, ``backward`` and
+``forward_backward`` (see ``chunked``); one without ``backward`` is differentiated by JAX.
+"""
+
+import functools
+import importlib
+import math
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.linear_cross_entropy import inputs
+from pallas_kernels.linear_cross_entropy.noise import Draw
+from pallas_kernels.linear_cross_entropy.reference import Spec
+
+__all__ = ["linear_cross_entropy", "sample_linear_categorical", "sampled_linear_cross_entropy"]
+
+# Best first; a module of that name in this package holds the functions.
+_LOSSES: dispatch.Registry = {"chunked": dispatch.anywhere, "reference": dispatch.anywhere}
+_SAMPLERS: dispatch.Registry = {"chunked": dispatch.anywhere, "reference": dispatch.anywhere}
+
+
+def linear_cross_entropy(
+    embeddings: jax.Array,
+    classifier: jax.Array,
+    labels: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    ignore_index: int = -100,
+    shift: int = 0,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    token_weights: jax.Array | None = None,
+    reduction: str = "mean",
+    classifier_layout: str = "vd",
+    return_lse: bool = False,
+    implementation: str | None = None,
+    block_sizes: tuple[int, int] | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Cross-entropy of softmax(embeddings @ classifier.T + bias) with integer labels, the logits never materialised.
+
+    Per token, with logits z (after the softcap) and lse = log sum exp z:
+    ``loss = lse - (1 - label_smoothing) * z[label] - label_smoothing * mean(z) + z_loss * lse**2``.
+
+    Args:
+        embeddings: [..., D], bfloat16, float16, float32 or float64.
+        classifier: [V, D] for ``classifier_layout="vd"`` (an embedding table) or [D, V] for "dv" (a Dense kernel).
+            Products are computed in the wider of the two dtypes and accumulated in float32.
+        labels: [...], integers in [0, V) or ``ignore_index``. Any other label raises ValueError when the labels are
+            concrete; traced ones cannot raise, so the token's loss and every gradient it touches become NaN.
+        bias: [V] or None.
+        ignore_index: tokens with this label have loss 0 and no gradient, and do not count.
+        shift: pairs the embedding of position t with the label (and weight) of t + shift along the last token axis;
+            the last ``shift`` positions have no label and are ignored. Results stay at the embedding's position.
+        softcap: s replaces the logits by s * tanh(logits / s).
+        label_smoothing: in [0, 1), the share of the target spread evenly over the V entries.
+        z_loss: weight of lse**2, at least 0.
+        token_weights: [...], at least 0, multiplies each token's loss; differentiable.
+        reduction: "mean" divides the sum by the number of tokens that are not ignored, or by the sum of their
+            weights if there are any (0 where that is 0); "sum"; "none" gives [...].
+        classifier_layout: "vd" or "dv".
+        return_lse: also return lse, float32 [...], differentiable, 0 for ignored tokens.
+        implementation: "chunked" (XLA, one tile of logits at a time), "reference" (materialised) or None for the best.
+        block_sizes: (rows, vocabulary entries) of a tile; None chooses.
+
+    Returns:
+        The loss, or (loss, lse), in float32 (float64 for float64 inputs). Gradients have their inputs' dtypes.
+        Reverse mode, and forward mode over it (``jax.jvp(jax.grad(...))``), work for every implementation; forward
+        mode alone only for "reference". A token axis that is sharded belongs inside ``jax.shard_map``: cut into
+        tiles under plain ``jit``, it would be gathered.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or options do not fit; the message says which.
+        NotImplementedError: ``implementation`` cannot run on the device.
+
+    Source: arXiv:2411.09009 without its gradient filter: every gradient is exact.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from pallas_kernels.linear_cross_entropy import linear_cross_entropy
+        >>> loss = linear_cross_entropy(jnp.ones((2, 3, 8)), jnp.zeros((50, 8)), jnp.zeros((2, 3), int), shift=1)
+        >>> print(f"{loss:.4f}")  # log(50)
+        3.9120
+    """
+    inputs.choice("reduction", reduction, ("mean", "sum", "none"))
+    operands = inputs.arrays(embeddings, classifier, bias, classifier_layout)
+    vocabulary = operands[1].shape[classifier_layout.index("v")]
+    labels = inputs.labels(labels, operands[0].shape[:-1], vocabulary, ignore_index, shift)
+    implementation = dispatch.choose("linear_cross_entropy", implementation, _LOSSES)
+    spec = inputs.spec(implementation, operands, classifier_layout, softcap, block_sizes, label_smoothing, z_loss)
+    valid = labels != ignore_index
+    if token_weights is None:
+        weights = valid.astype(spec.dtype)
+    else:
+        token_weights = inputs.token_weights(token_weights, labels.shape, spec.dtype)
+        weights = jnp.where(valid, inputs.shifted(token_weights, shift, 0), 0)
+    known = (labels >= 0) & (labels < vocabulary)
+    poison = jnp.where(valid & ~known, jnp.nan, 1).astype(spec.dtype)
+    target = jnp.where(valid & known, labels, -1).astype(jnp.int32).reshape(-1)
+    loss, lse, _ = _loss(spec, reduction, return_lse, operands, weights * poison, target, weights.sum())
+    return (loss, jnp.where(valid, lse, 0)) if return_lse else loss
+
+
+def sample_linear_categorical(
+    key: jax.Array,
+    embeddings: jax.Array,
+    classifier: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    softcap: float | None = None,
+    classifier_layout: str = "vd",
+    token_ids: jax.Array | None = None,
+    implementation: str | None = None,
+    block_sizes: tuple[int, int] | None = None,
+) -> jax.Array:
+    """Draws one label per token from softmax(embeddings @ classifier.T + bias), the logits never materialised.
+
+    The noise of a token and a vocabulary entry depends on the key, the token's id and the entry alone: the labels are
+    the same for any tiling, batching or placement of the tokens, up to rounding of the logits.
+
+    Args:
+        key: a key of ``jax.random.key`` or ``PRNGKey``; one of another implementation than threefry is converted.
+        embeddings, classifier, bias, softcap, classifier_layout: as in ``linear_cross_entropy``.
+        token_ids: [...], integers below 2**32 that name the tokens' random streams; default: their flat index. Give
+            them when the batch is spread over devices by ``shard_map``, or every device draws the same noise.
+        implementation, block_sizes: as in ``linear_cross_entropy``; a vocabulary tile smaller than V is a multiple
+            of 256.
+
+    Returns:
+        int32 [...]; no gradient.
+
+    Raises:
+        As ``linear_cross_entropy``.
+
+    Source: Gumbel-max with the counter-based generator of Salmon et al., SC 2011.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from pallas_kernels.linear_cross_entropy import sample_linear_categorical
+        >>> logits = jnp.array([[0.0, 50.0, 0.0]])  # one-hot embedding, so the classifier's column is the logits
+        >>> sample_linear_categorical(jax.random.key(0), jnp.ones((2, 1)), logits.T).tolist()
+        [1, 1]
+    """
+    operands = inputs.arrays(embeddings, classifier, bias, classifier_layout)
+    implementation = dispatch.choose("sample_linear_categorical", implementation, _SAMPLERS)
+    spec = inputs.spec(implementation, operands, classifier_layout, softcap, block_sizes)
+    e, c, b = jax.lax.stop_gradient(operands)
+    draw = inputs.draw(key, token_ids, e.shape[:-1])
+    e_rows, c, b, draw = _same_manual_axes((_rows(e), c, b, draw))
+    return _module(spec).forward(spec, e_rows, c, b, draw)[2].reshape(e.shape[:-1])
+
+
+def sampled_linear_cross_entropy(
+    key: jax.Array,
+    embeddings: jax.Array,
+    classifier: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    softcap: float | None = None,
+    token_weights: jax.Array | None = None,
+    reduction: str = "mean",
+    classifier_layout: str = "vd",
+    token_ids: jax.Array | None = None,
+    implementation: str | None = None,
+    block_sizes: tuple[int, int] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The cross-entropy on labels drawn from the model itself: ``sample_linear_categorical`` and its loss in one pass.
+
+    The gradient takes the labels as constants: its square is the Gauss-Newton-Bartlett estimate of the curvature.
+
+    Args:
+        token_weights: [...], at least 0, multiplies each token's loss; 0 leaves the token out.
+        reduction: "mean" divides by the sum of the weights (the number of tokens without any; 0 where that is 0),
+            "sum", or "none" for [...].
+        The rest as in ``sample_linear_categorical``.
+
+    Returns:
+        (loss, labels): as ``linear_cross_entropy`` and int32 [...].
+
+    Raises:
+        As ``linear_cross_entropy``.
+
+    Source: arXiv:2305.14342, algorithm 2.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from pallas_kernels.linear_cross_entropy import sampled_linear_cross_entropy
+        >>> loss, labels = sampled_linear_cross_entropy(jax.random.key(0), jnp.ones((4, 8)), jnp.zeros((50, 8)))
+        >>> print(f"{loss:.4f}", labels.shape)  # log(50)
+        3.9120 (4,)
+    """
+    inputs.choice("reduction", reduction, ("mean", "sum", "none"))
+    operands = inputs.arrays(embeddings, classifier, bias, classifier_layout)
+    implementation = dispatch.choose("sampled_linear_cross_entropy", implementation, _SAMPLERS)
+    spec = inputs.spec(implementation, operands, classifier_layout, softcap, block_sizes)
+    shape = operands[0].shape[:-1]
+    weights = jnp.ones(shape) if token_weights is None else token_weights
+    weights = inputs.token_weights(weights, shape, spec.dtype)
+    draw = inputs.draw(key, token_ids, shape)
+    loss, _, labels = _loss(spec, reduction, False, operands, weights, draw, weights.sum())
+    return loss, labels
+
+
+def _loss(
+    spec: Spec,
+    reduction: str,
+    return_lse: bool,
+    operands: tuple[jax.Array, jax.Array, jax.Array | None],
+    weights: jax.Array,
+    target: jax.Array | Draw,
+    count: jax.Array,
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """(reduced loss, lse [...] if asked for, labels [...]) of the weights [...] and flat labels or a flat draw."""
+    e, *rest = operands
+    e, c, b, w, target = _same_manual_axes((_rows(e), *rest, weights.reshape(-1), target))
+    module, lse = _module(spec), None
+    if reduction != "none" and not return_lse and hasattr(module, "forward_backward"):
+        loss, labels = _total(spec, e, c, b, w, target)
+    else:
+        forward = _per_token if hasattr(module, "backward") else module.forward
+        nll, lse, labels = forward(spec, e, c, b, target)
+        loss = w * (nll + spec.z_loss * lse**2)
+        lse = lse.reshape(weights.shape)
+        loss = loss.reshape(weights.shape) if reduction == "none" else loss.sum()
+    if reduction == "mean":
+        loss /= jnp.where(count == 0, 1, count)
+    return loss, lse, labels.reshape(weights.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _per_token(spec, e, c, b, target):
+    """(negative log likelihood, log-sum-exp, labels), each [N]; the backward pass computes the logits again."""
+    return _module(spec).forward(spec, e, c, b, target)
+
+
+def _per_token_forward(spec, e, c, b, target):
+    nll, lse, labels = _module(spec).forward(spec, e, c, b, target)
+    return (nll, lse, labels), (e, c, b, labels, lse)
+
+
+def _per_token_backward(spec, residuals, cotangents):
+    g, h, _ = cotangents
+    # The cotangents of a mean over many tokens are below what float16 holds: bring them to order one first.
+    scale = jax.lax.stop_gradient(jnp.max(jnp.abs(g) + jnp.abs(h), initial=0))
+    scale = jnp.where(scale > 0, scale, 1)
+    gradients = _module(spec).backward(spec, *residuals, g / scale, h / scale)
+    return *_scaled(spec, gradients, scale), None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _total(spec, e, c, b, weights, target):
+    """(sum of weights * loss, labels [N]); under differentiation the gradients are made in the forward pass."""
+    nll, lse, labels = _module(spec).forward(spec, e, c, b, target)
+    return (weights * (nll + spec.z_loss * lse**2)).sum(), labels
+
+
+def _total_forward(spec, e, c, b, weights, target):
+    loss, labels, gradients = _module(spec).forward_backward(spec, e, c, b, weights, target)
+    return ((weights * loss).sum(), labels), (loss, gradients)
+
+
+def _total_backward(spec, residuals, cotangents):
+    loss, gradients = residuals
+    return *_scaled(spec, gradients, cotangents[0]), cotangents[0] * loss, None
+
+
+_per_token.defvjp(_per_token_forward, _per_token_backward)
+_total.defvjp(_total_forward, _total_backward)
+
+
+def _scaled(spec: Spec, gradients: tuple[Any, ...], scale: jax.Array) -> list[Any]:
+    """The accumulated gradients times a scalar, in the dtypes of what they are gradients of."""
+    return [None if x is None else (x * scale).astype(dtype) for x, dtype in zip(gradients, spec.dtypes, strict=True)]
+
+
+def _module(spec: Spec) -> ModuleType:
+    """Imported on first use: an implementation may need an optional package."""
+    return importlib.import_module(f"{__name__}.{spec.implementation}")
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """[..., D] as [N, D]."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _same_manual_axes(tree: Any) -> Any:
+    """Inside ``shard_map``: every array made varying over the axes that any of them varies over.
+
+    JAX then sums the gradient of what was replicated over those axes, outside the custom derivative.
+    """
+    axes = frozenset().union(*(_manual_axes(x) for x in jax.tree.leaves(tree)))
+
+    def spread(x):
+        missing = tuple(axes - _manual_axes(x))
+        if not missing:
+            return x
+        return jax.lax.pcast(x, missing, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(x, missing)
+
+    return jax.tree.map(spread, tree)
+
+
+def _manual_axes(x: jax.Array) -> frozenset[str]:
+    kind = jax.typeof(x)
+    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
