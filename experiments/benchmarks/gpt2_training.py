@@ -9,9 +9,11 @@ attention) at the rate of one large matrix product, measured in the same run.
 
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any, Literal
@@ -32,6 +34,9 @@ class Config:
     steps: int = 20
     """Timed steps a repetition; a multiple of 10 holds whole cycles of Sophia."""
     repeats: int = 5
+    """Repetitions a process."""
+    rounds: int = 2
+    """Processes a variant, taken in turns because a GPU's clock drifts."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: Literal["none", "dots", "full"] = "none"
     scan_unroll: int = 1000
@@ -41,7 +46,7 @@ class Config:
 
 
 PRESETS = {
-    "smoke": Config(model="gpt2-tiny", batch_size=4, variants=("adamw", "sophia_g"), steps=10, repeats=2),
+    "smoke": Config(model="gpt2-tiny", batch_size=4, variants=("adamw", "sophia_g"), steps=10, repeats=2, rounds=1),
     "default": Config(),
     "paper": Config(batch_size=32),
 }
@@ -49,7 +54,14 @@ PRESETS = {
 
 def main(config: Config, run: cli.Run) -> Report:
     """Measure each variant in a process of its own and compare."""
-    measured = {name: _in_a_process(config, name) for name in config.variants}
+    measured: dict[str, dict] = {}
+    with tempfile.TemporaryDirectory() as cache:
+        for _ in range(config.rounds):
+            for name in config.variants:
+                result = _in_a_process(config, name, cache)
+                times = [*measured.get(name, {}).get("times", []), *result["times"]]
+                summary = {"ms": statistics.median(times), "ms_min": min(times), "ms_max": max(times), "times": times}
+                measured[name] = {**result, **measured.get(name, {}), **summary}
     first = measured[config.variants[0]]
     rows = [
         [
@@ -68,8 +80,8 @@ def main(config: Config, run: cli.Run) -> Report:
         claims=_claims(measured),
         tables={"step": Table(header, rows)},
         notes=[
-            f"{config.model}, {config.batch_size} sequences a step, {config.dtype}; median of {config.repeats} runs "
-            f"of {config.steps} steps",
+            f"{config.model}, {config.batch_size} sequences a step, {config.dtype}; median of {len(first['times'])} "
+            f"repetitions of {config.steps} steps",
             f"one bf16 matrix product of 8192^3 here: {first['matmul_tflops']:.0f} TFLOP/s",
             *[f"{name}: first step after {m['first_step_s']:.0f} s" for name, m in measured.items()],
         ],
@@ -114,10 +126,11 @@ def _claims(measured: dict[str, dict]) -> list[Claim]:
     return claims
 
 
-def _in_a_process(config: Config, name: Variant) -> dict[str, Any]:
+def _in_a_process(config: Config, name: Variant, cache: str) -> dict[str, Any]:
     code = "import sys; from experiments.benchmarks.gpt2_training import measure; measure(*sys.argv[1:])"
     command = [sys.executable, "-c", code, name, json.dumps(dataclasses.asdict(config))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
     if done.returncode:
         raise cli.UserError(f"{name} failed with exit code {done.returncode}; its output is above")
     print(f"{name}: {done.stdout.splitlines()[-1]}", flush=True)
@@ -130,8 +143,8 @@ def measure(name: Variant, config: str) -> None:
     print(json.dumps(function(name, Config(**json.loads(config)))))
 
 
-def _timings(step: Callable[[int], None], wait: Callable[[], None], config: Config) -> dict[str, float]:
-    """Milliseconds a step: median, least and most over the repetitions."""
+def _timings(step: Callable[[int], None], wait: Callable[[], None], config: Config) -> dict[str, Any]:
+    """Milliseconds a step in each repetition, and seconds to the first step."""
     begin = time.perf_counter()
     step(0)
     wait()
@@ -146,7 +159,7 @@ def _timings(step: Callable[[int], None], wait: Callable[[], None], config: Conf
             step(n)
         wait()
         times.append(1e3 * (time.perf_counter() - begin) / config.steps)
-    return {"ms": statistics.median(times), "ms_min": min(times), "ms_max": max(times), "first_step_s": first}
+    return {"times": times, "first_step_s": first}
 
 
 def _measure_jax(name: Variant, config: Config) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def spec(dtype="float32", block_sizes=None, platform="cpu"):
 )
 def test_default_tiles_keep_to_the_budget(tokens, vocabulary, platform):
     rows, columns = chunked.tile_sizes(spec(platform=platform), tokens, vocabulary)
-    budget = 2**20 * (32 if platform == "cpu" else 512)
+    budget = 2**20 * (32 if platform == "cpu" else 1024)
     # Even tiles are rounded up, rows to a multiple of 8 and columns of 256: at most 1/8 over. 128 rows are split
     # at worst into twice 64.
     assert 4 * rows * columns <= budget * 9 / 8
@@ -36,7 +36,7 @@ def test_default_tiles_keep_to_the_budget(tokens, vocabulary, platform):
 
 
 def test_the_vocabulary_is_cut_only_when_too_few_rows_fit():
-    assert chunked.tile_sizes(spec(platform="gpu"), 8192, 256128) == (512, 256128)
+    assert chunked.tile_sizes(spec(platform="gpu"), 8192, 256128) == (1024, 256128)
     assert chunked.tile_sizes(spec(platform="cpu"), 512, 49152) == (128, 49152)
     assert chunked.tile_sizes(spec(platform="cpu"), 8192, 256128)[1] < 256128
     assert chunked.tile_sizes(spec(platform="cpu"), 4, 256128) == (4, 256128)
