@@ -134,7 +134,8 @@ PRESETS = {
 }
 
 # Peak and final learning rate by model size. AdamW and Sophia-G: the authors' configurations; Lion: theirs, to 5 % of
-# the peak; Sophia-H: Levanter's, to 5 %. gpt2-tiny: the best of a grid over {1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2} here.
+# the peak; Sophia-H: Levanter's, to 5 %. gpt2-tiny: for each the best of {1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2} on pysrc,
+# 500 steps, one seed (for Sophia that is the grid's lowest).
 LEARNING_RATES: dict[str, dict[Optimizer, tuple[float, float]]] = {
     "gpt2-tiny": {"adamw": (4e-3, 2e-4), "lion": (2e-3, 1e-4), "sophia_h": (1e-3, 5e-5), "sophia_g": (1e-3, 5e-5)},
     "gpt2-small": {"adamw": (6e-4, 3e-5), "lion": (1e-4, 5e-6), "sophia_h": (6e-4, 3e-5), "sophia_g": (6e-4, 1.5e-5)},
@@ -397,15 +398,14 @@ def _claims(setup: Setup, curves, target) -> list[Claim]:
                 source="arXiv 2305.14342, abstract",
             )
         )
-    if "sophia_g" in curves:
+    if "sophia_g" in curves and steps >= 200:  # shorter runs cannot show these
         wins = {row["step"]: row["win_rate"] for row in curves["sophia_g"]}
-        early = wins.get(100, wins[max(wins)])
         claims.append(
             Claim(
                 "Sophia-G's win rate (share of coordinates not clipped) passes 0.02 by step 100 and rises after it",
                 expected="> 0.02 at step 100, more at the end",
-                measured=f"{early:.3f} at step {min(100, max(wins))}, {wins[max(wins)]:.3f} at the end",
-                holds=max(wins) > 100 and early > 0.02 and wins[max(wins)] > early,
+                measured=f"{wins[100]:.3f} at step 100, {wins[steps]:.3f} at the end",
+                holds=wins[100] > 0.02 and wins[steps] > wins[100],
                 source="authors' README: 0.1 to 0.5 in the long run",
             )
         )

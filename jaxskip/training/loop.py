@@ -73,7 +73,7 @@ def fit(
             batches.set_state(extra["data"])
             logger.warning("%s: resuming after step %d", title, start)
         log = stack.enter_context(MetricsLog(directory, resume_step=start, tensorboard=tensorboard)) if writer else None
-        progress = stack.enter_context(Progress(title, start=start, total=steps)) if writer else None
+        progress = stack.enter_context(Progress(title, total=steps)) if writer else None
         stopped = stack.enter_context(_stop_signals())
         stack.enter_context(jax.set_mesh(mesh))
         recorder = _Recorder(log, progress, tokens_per_step, read_metrics(directory))

@@ -121,17 +121,18 @@ class LossMonitor:
 class Progress:
     """A progress line on stderr: redrawn in place on a terminal, otherwise one line every ten seconds.
 
-    >>> with Progress("adamw", start=0, total=2, every=0.0, stream=sys.stdout) as progress:
-    ...     progress.update(1, "loss 2.000")  # doctest: +ELLIPSIS
-    adamw 1/2 loss 2.000, ... left
+    >>> with Progress("adamw", total=2, every=0.0, stream=sys.stdout) as progress:
+    ...     progress.update(1, "loss 2.000")
+    adamw 1/2 loss 2.000
     """
 
-    def __init__(self, title: str, *, start: int, total: int, every: float | None = None, stream=None):
-        self._title, self._start, self._total = title, start, total
+    def __init__(self, title: str, *, total: int, every: float | None = None, stream=None):
+        self._title, self._total = title, total
         self._stream = stream or sys.stderr
         self._redraw = self._stream.isatty()
         self._every = every if every is not None else (0.2 if self._redraw else 10.0)
-        self._begun = self._last = time.monotonic()
+        self._last = time.monotonic()
+        self._first: tuple[float, int] | None = None  # when the first step, which compiles, was done, and its number
 
     def __enter__(self) -> "Progress":
         return self
@@ -143,11 +144,14 @@ class Progress:
     def update(self, step: int, text: str) -> None:
         """Show `step` and `text` if it is time to; the last step is always shown."""
         now = time.monotonic()
+        self._first = self._first or (now, step)
         if now - self._last < self._every and step < self._total:
             return
         self._last = now
-        left = (now - self._begun) / max(step - self._start, 1) * (self._total - step)
-        line = f"{self._title} {step}/{self._total} {text}, {_duration(left)} left"
+        begun, start = self._first
+        line = f"{self._title} {step}/{self._total} {text}"
+        if step > start:
+            line += f", {_duration((now - begun) / (step - start) * (self._total - step))} left"
         print(
             f"\r{line:<100}" if self._redraw else line, end="" if self._redraw else "\n", file=self._stream, flush=True
         )

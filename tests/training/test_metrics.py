@@ -53,7 +53,7 @@ def test_monitor_gives_up_after_bad_steps_in_a_row_only():
 
 def test_progress_shows_the_last_step_and_no_more_than_asked():
     stream = io.StringIO()
-    with Progress("adamw", start=0, total=100, every=3600, stream=stream) as progress:
+    with Progress("adamw", total=100, every=3600, stream=stream) as progress:
         for step in range(1, 101):
             progress.update(step, "loss 1.000")
     assert stream.getvalue() == "adamw 100/100 loss 1.000, 0s left\n"
