@@ -10,6 +10,7 @@ and so belongs under ``jit`` only.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jax.typing import ArrayLike
 _PROBES = {"rademacher": jax.random.rademacher, "normal": jax.random.normal}
 
 
-def _at_least_f32(tree: optax.Params) -> optax.Params:
+def _at_least_f32(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
@@ -170,7 +171,7 @@ def sampled_gnb_diag(
     return _scaled_square(grad, num_terms, max_norm)
 
 
-def _scaled_square(grad: optax.Params, num_terms: ArrayLike, max_norm: ArrayLike | None) -> optax.Params:
+def _scaled_square(grad: optax.Params, num_terms: ArrayLike, max_norm: Any) -> optax.Params:
     if max_norm is None:
         clip = 1.0
     elif isinstance(max_norm, jax.core.Tracer) or max_norm > 0:

@@ -10,12 +10,13 @@ from jax.sharding import Mesh
 
 from jaxskip.losses import linear_cross_entropy, sampled_linear_cross_entropy
 from jaxskip.models import Decoder, classifier
+from jaxskip.models.decoder import attention_implementation
 from jaxskip.optim import hutchinson_diag, sampled_gnb_diag
 from jaxskip.training.sharding import shard_batch
 from jaxskip.training.step import Batch, CurvatureFn, LossFn
 
 
-def _hidden_and_classifier(model: Decoder, params, inputs: jax.Array):
+def _hidden_and_classifier(model: Decoder, params, inputs: jax.Array) -> tuple[Any, jax.Array, str]:
     hidden = model.apply({"params": params}, inputs, return_hidden=True)
     matrix, layout = classifier(params, model.config)
     return hidden, matrix, layout
@@ -51,7 +52,7 @@ def evaluate_next_token(
 
     Every batch must have the same number of targets; each process passes its own rows.
     """
-    loss_fn = jax.jit(lambda params, batch: next_token_loss(model, **options)(params, batch, None)[0])
+    loss_fn = jax.jit(lambda params, batch: next_token_loss(model, **options)(params, batch, jax.random.key(0))[0])
 
     def evaluate(params) -> dict[str, float]:
         losses = [loss_fn(params, shard_batch(batch, mesh)) for batch in batches]
@@ -82,15 +83,16 @@ def gauss_newton_curvature(model: Decoder, *, max_norm: float | None = None, **o
 def hutchinson_curvature(model: Decoder, **options: Any) -> CurvatureFn:
     """Sophia-H's estimate for a decoder, for `make_hessian_refresh`.
 
-    Forward over reverse, so the model must use XLA's attention: cuDNN's has no forward derivative.
+    Forward over reverse, so the model must use XLA's attention: cuDNN's has no forward derivative. The parameters do
+    not depend on it: `model.clone(config=dataclasses.replace(model.config, attention="xla"))` serves here alone.
 
-    Raises ValueError for a model with `attention="cudnn"`.
+    Raises ValueError, when traced, for a model whose attention is cuDNN's.
     """
-    if model.config.attention == "cudnn":
-        raise ValueError("Hutchinson's estimate differentiates twice and cuDNN's attention once; use attention='xla'")
     loss_fn = next_token_loss(model, **options)
 
     def curvature(params, batch: Batch, key: jax.Array):
+        if attention_implementation(model.config) == "cudnn":
+            raise ValueError("Hutchinson's estimate cannot differentiate cuDNN's attention; use attention='xla'")
         return hutchinson_diag(lambda p: loss_fn(p, batch, key)[0], params, key)
 
     return curvature

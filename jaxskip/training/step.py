@@ -29,10 +29,10 @@ CurvatureFn = Callable[[Any, Batch, jax.Array], Any]
 class TrainState(NamedTuple):
     """Everything that a step changes and a checkpoint must hold, besides the position in the data."""
 
-    step: jax.Array  # int32 scalar, steps taken
+    step: Any  # int32 scalar, steps taken
     params: Any
     opt_state: Any
-    key: jax.Array  # the run's PRNG key, constant: step n uses fold_in(key, n)
+    key: Any  # typed key, the run's PRNG key, constant: step n uses fold_in(key, n)
 
 
 def init_state(

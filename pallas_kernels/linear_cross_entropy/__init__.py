@@ -106,7 +106,7 @@ def linear_cross_entropy(
     poison = jnp.where(valid & ~known, jnp.nan, 1).astype(spec.dtype)
     target = jnp.where(valid & known, labels, -1).astype(jnp.int32).reshape(-1)
     loss, lse, _ = _loss(spec, reduction, return_lse, operands, weights * poison, target, weights.sum())
-    return (loss, jnp.where(valid, lse, 0)) if return_lse else loss
+    return (loss, jnp.where(valid, lse, 0)) if return_lse else loss  # pyright: ignore[reportArgumentType]
 
 
 def sample_linear_categorical(
@@ -223,10 +223,10 @@ def _loss(
     e, c, b, w, target = _same_manual_axes((_rows(e), *rest, weights.reshape(-1), target))
     module, lse = _module(spec), None
     if reduction != "none" and not return_lse and hasattr(module, "forward_backward"):
-        loss, labels = _total(spec, e, c, b, w, target)
+        loss, labels = _total(spec, e, c, b, w, target)  # pyright: ignore[reportGeneralTypeIssues]
     else:
         forward = _per_token if hasattr(module, "backward") else module.forward
-        nll, lse, labels = forward(spec, e, c, b, target)
+        nll, lse, labels = forward(spec, e, c, b, target)  # pyright: ignore[reportGeneralTypeIssues]
         loss = w * (nll + spec.z_loss * lse**2)
         lse = lse.reshape(weights.shape)
         loss = loss.reshape(weights.shape) if reduction == "none" else loss.sum()

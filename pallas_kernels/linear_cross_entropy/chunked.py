@@ -56,7 +56,7 @@ def forward(
         tile = _row_tile(spec, columns, tile_logits, e_tile, c, _target_rows(target, start, size))
         return tuple(_write(out, part, start) for out, part in zip(outputs, tile, strict=True))
 
-    return _loop(step, _row_outputs(spec, e), e.shape[0], rows)
+    return _loop(step, _row_outputs(spec, e), e.shape[0], rows)  # pyright: ignore[reportReturnType]
 
 
 @functools.partial(jax.jit, static_argnums=0)
