@@ -305,11 +305,14 @@ class Decoder(nn.Module):
         if return_hidden:
             return x
         if c.tie_embeddings:
-            logits = jnp.einsum("btd,vd->btv", x, embed.embedding.astype(c.dtype), preferred_element_type=jnp.float32)
+            matrix, layout = embed.embedding, "vd"
         else:
-            kernel = self.param("head", nn.initializers.normal(c.init_std), (c.embed_dim, c.vocab_size), c.param_dtype)
-            logits = jnp.einsum("btd,dv->btv", x, kernel.astype(c.dtype), preferred_element_type=jnp.float32)
-        return logits
+            init = nn.initializers.normal(c.init_std)
+            matrix, layout = self.param("head", init, (c.embed_dim, c.vocab_size), c.param_dtype), "dv"
+        # Flattened because the CPU backend of JAX 0.7 lacks the 16-bit product with a float32 result in the 3-D form.
+        rows = x.reshape(-1, c.embed_dim)
+        logits = jnp.einsum(f"nd,{layout}->nv", rows, matrix.astype(c.dtype), preferred_element_type=jnp.float32)
+        return logits.reshape(*tokens_BxT.shape, c.vocab_size)
 
 
 def classifier(params, config: DecoderConfig) -> tuple[jax.Array, Literal["vd", "dv"]]:
