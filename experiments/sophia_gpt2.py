@@ -45,6 +45,7 @@ class Lion:
     b1: float = 0.95
     b2: float = 0.98
     weight_decay: float = 0.2
+    """The Sophia authors do not state theirs; this is what they give Sophia."""
 
 
 @dataclasses.dataclass(frozen=True)

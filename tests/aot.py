@@ -30,3 +30,38 @@ def compile_in_a_process(program: str, *arguments: str, environment: dict[str, s
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+# Compiles the training step of a preset with Sophia's state on all devices of a topology, laid along "fsdp".
+# Arguments: platform, topology name, target configuration ("" on TPU), preset, changes of its fields (JSON), batch.
+TRAINING_STEP = """
+import dataclasses, json, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jaxskip import training
+from jaxskip.models import DECODER_PARTITION_RULES, Decoder, decay_mask, decoder_config
+from jaxskip.models.decoder import attention_implementation
+
+platform, topology, target, preset, changes, batch = sys.argv[1:]
+named = {"target_config": target, "topology": topology} if target else {"topology_name": topology}
+devices = topologies.get_topology_desc(platform=platform, **named).devices
+axes = ("data", "fsdp", "tensor")
+mesh = jax.sharding.Mesh(np.array(devices).reshape(1, -1, 1), axes, axis_types=(AxisType.Auto,) * 3)
+config = decoder_config(preset, **json.loads(changes))
+# cuDNN's attention is chosen but not compiled: its plan is built on the device, by a library that is not here.
+model = Decoder(dataclasses.replace(config, attention="xla", remat="dots"))
+tx = training.make_optimizer("sophia_g", 1e-4, weight_decay_mask=decay_mask)
+with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    state = training.abstract_state(
+        lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"], tx, mesh, DECODER_PARTITION_RULES)
+    rows = jax.ShapeDtypeStruct((int(batch), 1024), jnp.int32, sharding=NamedSharding(mesh, P(("data", "fsdp"))))
+    step = training.make_train_step(training.next_token_loss(model), tx)
+    compiled = step.lower(state, {"inputs": rows, "targets": rows}).compile()
+    attention = attention_implementation(config)
+m = compiled.memory_analysis()
+print(json.dumps({
+    "bytes": m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes,
+    "arguments": m.argument_size_in_bytes, "aliased": m.alias_size_in_bytes, "attention": attention,
+    "hlo": compiled.as_text()}))
+"""

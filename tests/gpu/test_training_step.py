@@ -1,10 +1,11 @@
 """The GPT-2 training step, compiled for NVIDIA GPUs that are not there: which attention, how much memory."""
 
 import importlib.util
+import json
 
 import pytest
 
-from tests.aot import compile_in_a_process
+from tests.aot import TRAINING_STEP, compile_in_a_process
 
 pytestmark = [
     pytest.mark.gpu_aot,
@@ -12,35 +13,6 @@ pytestmark = [
         not any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (12, 13)), reason="no CUDA plugin wheel"
     ),
 ]
-
-PROGRAM = """
-import dataclasses, json, sys
-import jax, jax.numpy as jnp, numpy as np
-from jax.experimental import topologies
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from jaxskip import training
-from jaxskip.models import DECODER_PARTITION_RULES, Decoder, decay_mask, decoder_config
-from jaxskip.models.decoder import attention_implementation
-
-target, dtype, batch = sys.argv[1], sys.argv[2], int(sys.argv[3])
-topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
-axes = ("data", "fsdp", "tensor")
-mesh = jax.sharding.Mesh(np.array(topology.devices).reshape(1, 1, 1), axes, axis_types=(AxisType.Auto,) * 3)
-config = decoder_config("gpt2-small", dtype=jnp.dtype(dtype))
-# cuDNN's attention is chosen but not compiled: its plan is built on the device, by a library that is not here.
-model = Decoder(dataclasses.replace(config, attention="xla", remat="dots"))
-tx = training.make_optimizer("sophia_g", 1e-4, weight_decay_mask=decay_mask)
-with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    state = training.abstract_state(
-        lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"], tx, mesh, DECODER_PARTITION_RULES)
-    rows = jax.ShapeDtypeStruct((batch, 1024), jnp.int32, sharding=NamedSharding(mesh, P(("data", "fsdp"))))
-    step = training.make_train_step(training.next_token_loss(model), tx)
-    m = step.lower(state, {"inputs": rows, "targets": rows}).compile().memory_analysis()
-    attention = attention_implementation(config)
-print(json.dumps({
-    "bytes": m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes,
-    "attention": attention}))
-"""
 
 _COMMON = """threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 fpus_per_core: 64
  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 registers_per_core_limit: 65536
@@ -66,6 +38,9 @@ def test_the_training_step_fits_and_takes_the_attention_that_the_gpu_has(target,
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         "XLA_FLAGS": "--xla_gpu_autotune_level=0",
     }
-    result = compile_in_a_process(PROGRAM, target, dtype, str(batch), environment=environment)
+    changes = json.dumps({"dtype": dtype})
+    result = compile_in_a_process(
+        TRAINING_STEP, "cuda", "1x1x1", target, "gpt2-small", changes, str(batch), environment=environment
+    )
     assert result["attention"] == attention
     assert result["bytes"] < 0.95 * memory

@@ -5,36 +5,11 @@ import re
 
 import pytest
 
-from tests.aot import TPU, compile_in_a_process
+from tests.aot import TPU, TRAINING_STEP, compile_in_a_process
 
 pytestmark = pytest.mark.tpu_aot
 pytest.importorskip("libtpu")
 
-PROGRAM = """
-import json, sys
-import jax, jax.numpy as jnp, numpy as np
-from jax.experimental import topologies
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from jaxskip import training
-from jaxskip.models import DECODER_PARTITION_RULES, Decoder, decay_mask, decoder_config
-
-preset, topology, batch = sys.argv[1], sys.argv[2], int(sys.argv[3])
-devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-axes = ("data", "fsdp", "tensor")
-mesh = jax.sharding.Mesh(np.array(devices).reshape(1, 4, 1), axes, axis_types=(AxisType.Auto,) * 3)
-model = Decoder(decoder_config(preset, remat="dots"))
-tx = training.make_optimizer("sophia_g", 1e-4, weight_decay_mask=decay_mask)
-with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    state = training.abstract_state(
-        lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"], tx, mesh, DECODER_PARTITION_RULES)
-    rows = jax.ShapeDtypeStruct((batch, 1024), jnp.int32, sharding=NamedSharding(mesh, P(("data", "fsdp"))))
-    step = training.make_train_step(training.next_token_loss(model), tx)
-    compiled = step.lower(state, {"inputs": rows, "targets": rows}).compile()
-m = compiled.memory_analysis()
-print(json.dumps({
-    "bytes": m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes,
-    "arguments": m.argument_size_in_bytes, "aliased": m.alias_size_in_bytes, "hlo": compiled.as_text()}))
-"""
 HBM = {"v5e:2x2": 16 * 2**30, "v6e:2x2": 32 * 2**30}
 WIDTH = {"gpt2-small": 768, "gpt2-large": 1280}
 SIZE = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4}
@@ -51,7 +26,7 @@ def collectives(hlo: str) -> list[tuple[str, str, int]]:
 @pytest.mark.parametrize("topology", HBM)
 @pytest.mark.parametrize(("preset", "batch"), [("gpt2-small", 64), ("gpt2-large", 16)])
 def test_the_training_step_fits_and_gathers_one_layer_at_a_time(preset, batch, topology, record_property):
-    result = compile_in_a_process(PROGRAM, preset, topology, str(batch), environment=TPU)
+    result = compile_in_a_process(TRAINING_STEP, "tpu", topology, "", preset, "{}", str(batch), environment=TPU)
     record_property("bytes_per_chip", result["bytes"])
     print(f"{preset} on {topology}, {batch} x 1024: {result['bytes'] / 2**30:.2f} GiB a chip")
     assert result["bytes"] < 0.95 * HBM[topology]
