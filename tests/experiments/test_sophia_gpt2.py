@@ -53,8 +53,6 @@ def write(path, content):
         (lambda p: {"data": token_folder(p, 50_304)}, "50304"),
         (lambda p: {"batch_size": 7, "accumulate": 2}, "a batch of 7 does not split"),
         (lambda p: {"mesh": (3, 1, 1)}, "does not cover"),
-        (lambda p: {"optimizers": ()}, "optimizers is empty"),
-        (lambda p: {"warmup": 12}, "shorter than the run"),
         (lambda p: {"tokenizer": str(p / "none.json")}, "none.json"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -62,6 +60,28 @@ def write(path, content):
 def test_what_a_user_can_put_right_is_said_at_once(tmp_path, changes, message):
     with pytest.raises(cli.UserError, match=message):
         main(tmp_path, **{"mesh": (-1, 1, 1), "batch_size": 8, **changes(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (["--optimizers"], "optimizers is empty"),
+        (["--warmup", "12"], "shorter than the run of 12"),
+        (["--sophia-g.hessian-rows", "3"], "sophia_g.hessian_rows is 3; it must divide the batch of 8"),
+        (["--model", "gpt3"], "gpt3"),
+    ],
+)
+def test_flags_that_cannot_be_end_before_anything_starts(tmp_path, capsys, flag, message):
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(
+            sophia_gpt2.main,
+            sophia_gpt2.Config,
+            sophia_gpt2.PRESETS,
+            args=["--preset", "smoke", "--runs", str(tmp_path), *flag],
+        )
+    assert exit_.value.code == 2 and not list(tmp_path.iterdir())
+    printed = capsys.readouterr()
+    assert message in " ".join((printed.err + printed.out).split())
 
 
 def token_folder(path, bad_token):
