@@ -125,7 +125,6 @@ class Config:
                 raise ValueError(f"{name}.hessian_rows is {rows}; it must divide the batch of {self.batch_size}")
 
 
-_OFFICIAL = {"refresh": "after"}
 PRESETS = {
     "smoke": Config(steps=12, batch_size=8, context_length=32, warmup=2, eval_every=4, eval_batches=2, save_every=6),
     "default": Config(),
@@ -136,7 +135,7 @@ PRESETS = {
         batch_size=480,
         warmup=2000,
         sophia_h=Sophia(hessian_rows=32),
-        sophia_g=Sophia(hessian_rows=480, hessian_clip=1.0, **_OFFICIAL),
+        sophia_g=Sophia(hessian_rows=480, hessian_clip=1.0, refresh="after"),
         eval_every=1000,
         eval_batches=10,
         save_every=1000,
@@ -173,7 +172,7 @@ def main(config: Config, run: cli.Run) -> Report:
         raise cli.UserError(str(error)) from error
     try:
         curves = {name: train(name, setup, run.directory / name) for name in config.optimizers}
-    except (CheckpointError, FloatingPointError, OSError) as error:
+    except (CheckpointError, FloatingPointError, ImportError, OSError) as error:
         raise cli.UserError(str(error)) from error
     return report(setup, curves)
 
@@ -206,6 +205,8 @@ def prepare(config: Config) -> Setup:
 
     mesh = make_mesh(*config.mesh)
     check_batch_size(config.batch_size, mesh, parts=config.accumulate)
+    for name in ("sophia_h", "sophia_g"):
+        check_batch_size(_hessian_rows(name, config, mesh), mesh)
     corpus = load_corpus(config.data, tokenizer=_tokenizer(config.tokenizer))
     overrides: dict[str, Any] = {"vocab_size": corpus.vocab_size}
     if config.context_length is not None:
@@ -300,7 +301,7 @@ def train(name: Optimizer, setup: Setup, directory) -> list[dict]:
     )
     if name.startswith("sophia"):
         refresh = training.make_hessian_refresh(
-            _curvature(name, setup, options), rows=_hessian_rows(name, setup, options)
+            _curvature(name, setup, options), rows=_hessian_rows(name, config, setup.mesh)
         )
         first = 0 if options.refresh == "before" else options.update_interval
         step = training.with_hessian_refresh(step, refresh, every=options.update_interval, first=first)
@@ -334,18 +335,18 @@ def _curvature(name: Optimizer, setup: Setup, options: Sophia):
 
     if name == "sophia_g":
         return training.gauss_newton_curvature(setup.model, max_norm=options.hessian_clip)
-    # Hutchinson's estimate differentiates the attention twice, which cuDNN's cannot.
-    model = setup.model.clone(config=dataclasses.replace(setup.model.config, attention="xla"))
-    return training.hutchinson_curvature(model)
+    return training.hutchinson_curvature(setup.model)
 
 
-def _hessian_rows(name: Optimizer, setup: Setup, options: Sophia) -> int:
-    """The paper's share of the batch (240 and 32 of 480 sequences), but at least one sequence a device."""
-    if options.hessian_rows is not None:
-        return options.hessian_rows
-    devices = setup.mesh.shape["data"] * setup.mesh.shape["fsdp"]
-    rows = max(setup.config.batch_size // (2 if name == "sophia_g" else 16), devices)
-    return math.gcd(rows, setup.config.batch_size)
+def _hessian_rows(name: Optimizer, config: Config, mesh) -> int:
+    """The paper's share of the batch (240 and 32 of 480 sequences), but whole sequences on every device."""
+    chosen = getattr(config, name).hessian_rows
+    if chosen is not None:
+        return chosen
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    per_device = config.batch_size // devices
+    most = max(per_device // (2 if name == "sophia_g" else 16), 1)
+    return devices * max(n for n in range(1, most + 1) if per_device % n == 0)
 
 
 def report(setup: Setup, curves: dict[str, list[dict]]) -> Report:

@@ -8,6 +8,7 @@ attention) at the rate of one large matrix product, measured in the same run.
 """
 
 import dataclasses
+import importlib.util
 import json
 import os
 import statistics
@@ -55,14 +56,15 @@ PRESETS = {
 def main(config: Config, run: cli.Run) -> Report:
     """Measure each variant in a process of its own and compare."""
     measured: dict[str, dict] = {}
+    variants = [name for name in config.variants if name != "peer_torch" or importlib.util.find_spec("torch")]
     with tempfile.TemporaryDirectory() as cache:
         for _ in range(config.rounds):
-            for name in config.variants:
+            for name in variants:
                 result = _in_a_process(config, name, cache)
                 times = [*measured.get(name, {}).get("times", []), *result["times"]]
                 summary = {"ms": statistics.median(times), "ms_min": min(times), "ms_max": max(times), "times": times}
                 measured[name] = {**result, **measured.get(name, {}), **summary}
-    first = measured[config.variants[0]]
+    first = measured[variants[0]]
     rows = [
         [
             name,
@@ -82,7 +84,8 @@ def main(config: Config, run: cli.Run) -> Report:
         notes=[
             f"{config.model}, {config.batch_size} sequences a step, {config.dtype}; median of {len(first['times'])} "
             f"repetitions of {config.steps} steps",
-            f"one bf16 matrix product of 8192^3 here: {first['matmul_tflops']:.0f} TFLOP/s",
+            f"one bf16 matrix product of {first['matmul_size']}^3 here: {first['matmul_tflops']:.3g} TFLOP/s",
+            *[f"{name}: left out, PyTorch is not installed" for name in config.variants if name not in variants],
             *[f"{name}: first step after {m['first_step_s']:.0f} s" for name, m in measured.items()],
         ],
     )
@@ -202,7 +205,8 @@ def _measure_jax(name: Variant, config: Config) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         timings = _timings(one_step, lambda: jax.block_until_ready(carried[0]), config)
         stats = mesh.devices.flat[0].memory_stats() or {}
-        rate = _matmul_rate(8192 if mesh.devices.flat[0].platform != "cpu" else 512)
+        size = 8192 if mesh.devices.flat[0].platform != "cpu" else 512
+        rate = _matmul_rate(size)
     params = sum(leaf.size for leaf in jax.tree.leaves(carried[0].params))
     count = config.batch_size * c.context_length
     flops = count * (6 * params + 6 * c.num_layers * c.embed_dim * c.context_length)
@@ -212,6 +216,7 @@ def _measure_jax(name: Variant, config: Config) -> dict[str, Any]:
         "tokens": count,
         "peak_mb": peak and round(peak / 2**20),
         "gradient_mb": round(4 * params / 2**20),
+        "matmul_size": size,
         "matmul_tflops": rate / 1e12,
         "floor_ms": 1e3 * flops / rate,
     }

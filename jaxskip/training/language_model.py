@@ -1,5 +1,6 @@
 """What the training loop needs to train a decoder: its loss, its evaluation, its curvature."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,6 @@ from jax.sharding import Mesh
 
 from jaxskip.losses import linear_cross_entropy, sampled_linear_cross_entropy
 from jaxskip.models import Decoder, classifier
-from jaxskip.models.decoder import attention_implementation
 from jaxskip.optim import hutchinson_diag, sampled_gnb_diag
 from jaxskip.training.sharding import shard_batch
 from jaxskip.training.step import Batch, CurvatureFn, LossFn
@@ -83,16 +83,16 @@ def gauss_newton_curvature(model: Decoder, *, max_norm: float | None = None, **o
 def hutchinson_curvature(model: Decoder, **options: Any) -> CurvatureFn:
     """Sophia-H's estimate for a decoder, for `make_hessian_refresh`.
 
-    Forward over reverse, so the model must use XLA's attention: cuDNN's has no forward derivative. The parameters do
-    not depend on it: `model.clone(config=dataclasses.replace(model.config, attention="xla"))` serves here alone.
+    Forward over reverse, which cuDNN's attention cannot be differentiated by: the estimate goes through XLA's.
 
-    Raises ValueError, when traced, for a model whose attention is cuDNN's.
+    Raises ValueError for a model that asks for `attention="cudnn"`.
     """
+    if model.config.attention == "cudnn":
+        raise ValueError("Hutchinson's estimate cannot differentiate cuDNN's attention; use attention='xla' or None")
+    model = model.clone(config=dataclasses.replace(model.config, attention="xla"))
     loss_fn = next_token_loss(model, **options)
 
     def curvature(params, batch: Batch, key: jax.Array):
-        if attention_implementation(model.config) == "cudnn":
-            raise ValueError("Hutchinson's estimate cannot differentiate cuDNN's attention; use attention='xla'")
         return hutchinson_diag(lambda p: loss_fn(p, batch, key)[0], params, key)
 
     return curvature

@@ -16,6 +16,7 @@ from pallas_kernels.linear_cross_entropy.noise import PERIOD, Draw, exponential
 from pallas_kernels.linear_cross_entropy.reference import Spec, logits
 
 _Carry = TypeVar("_Carry")
+# Bytes of float32 logits. Larger tiles pass over the classifier's gradient less often, for memory that lasts a tile.
 _TILE_BYTES = {"cpu": 32 * 2**20, "gpu": 2**30, "tpu": 2**30}
 _MIN_ROWS = 128  # fewer rows do not amortise reading the classifier: tile the vocabulary instead
 

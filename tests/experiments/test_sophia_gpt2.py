@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
@@ -53,6 +54,7 @@ def write(path, content):
         (lambda p: {"data": token_folder(p, 50_304)}, "50304"),
         (lambda p: {"batch_size": 7, "accumulate": 2}, "a batch of 7 does not split"),
         (lambda p: {"mesh": (3, 1, 1)}, "does not cover"),
+        (lambda p: {"sophia_g": sophia_gpt2.Sophia(hessian_rows=4)}, "a batch of 4 does not split"),
         (lambda p: {"tokenizer": str(p / "none.json")}, "none.json"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -92,6 +94,16 @@ def token_folder(path, bad_token):
     tokens.tofile(folder / "train.bin")
     (np.arange(20_000, dtype="<u2") % 1000).tofile(folder / "val.bin")
     return str(folder)
+
+
+@pytest.mark.parametrize("name", ["sophia_g", "sophia_h"])
+@pytest.mark.parametrize(("batch", "devices"), [(480, 1), (40, 8), (24, 8), (36, 4), (7, 7)])
+def test_the_default_hessian_sub_batch_divides_the_batch_and_the_devices(name, batch, devices):
+    config = dataclasses.replace(SMOKE, batch_size=batch)
+    mesh = types.SimpleNamespace(shape={"data": devices, "fsdp": 1})
+    rows = sophia_gpt2._hessian_rows(name, config, mesh)
+    assert batch % rows == 0 and rows % devices == 0
+    assert rows <= max(batch // (2 if name == "sophia_g" else 16), devices)
 
 
 def test_an_unwritable_folder_is_said_at_once(tmp_path):
