@@ -3,7 +3,8 @@
 ``linear_cross_entropy`` is the loss, ``sample_linear_categorical`` draws labels from the model's own distribution and
 ``sampled_linear_cross_entropy`` is the loss on such labels (the Gauss-Newton-Bartlett estimator). An implementation is
 a module of this package, named as in the registries below, with some of ``forward``, ``backward`` and
-``forward_backward`` (see ``chunked``); one without ``backward`` is differentiated by JAX.
+``forward_backward`` (see ``chunked``); one without ``backward`` is differentiated by JAX. ``forward_saving``, used when
+the gradient filter is on, returns forward's results and a tuple that ``backward`` gets as its last arguments.
 """
 
 import functools
@@ -42,6 +43,10 @@ def linear_cross_entropy(
     reduction: str = "mean",
     classifier_layout: str = "vd",
     return_lse: bool = False,
+    filter_eps: float | str = 0.0,
+    filter_embeddings: bool = True,
+    filter_classifier: bool = True,
+    vocab_axis_name: str | None = None,
     implementation: str | None = None,
     block_sizes: tuple[int, int] | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -68,20 +73,33 @@ def linear_cross_entropy(
             weights if there are any (0 where that is 0); "sum"; "none" gives [...].
         classifier_layout: "vd" or "dv".
         return_lse: also return lse, float32 [...], differentiable, 0 for ignored tokens.
-        implementation: "chunked" (XLA, one tile of logits at a time), "reference" (materialised) or None for the best.
+        filter_eps: allows gradients to leave out entries of the softmax below it; what a token leaves out is spread
+            evenly over the entries left out, so that the gradient of its logits keeps its sum. "auto" is a 32nd of
+            the embeddings' epsilon (2**-12 for bfloat16, the paper's). 0 is exact. How much is left out is up to
+            the implementation ("chunked", "reference" and any call with a bias: nothing); the label's own entry
+            never is. It pays where the softmax is peaked; with V below 1 / filter_eps there is little to leave out.
+        filter_embeddings, filter_classifier: whether that holds for the gradient of the embeddings and of the
+            classifier. The paper's presets: both ("CCE-Kahan"), embeddings only ("CCE-Kahan-FullC", for training from
+            scratch: rare classes keep their exact gradient), classifier only ("CCE-Kahan-FullE").
+        vocab_axis_name: inside ``jax.shard_map``, the mesh axis over which the classifier (and bias) is split along V:
+            each device passes its shard, and V and the labels count all shards. Results are the same on every device
+            of the axis.
+        implementation: "mosaic_tpu" (TPU), "mosaic_gpu" (NVIDIA Hopper), "triton" (NVIDIA Turing to Ada),
+            "chunked" (XLA, one tile of logits at a time), "reference" (materialised) or None for the best.
         block_sizes: (rows, vocabulary entries) of a tile; None chooses.
 
     Returns:
         The loss, or (loss, lse), in float32 (float64 for float64 inputs). Gradients have their inputs' dtypes.
-        Reverse mode, and forward mode over it (``jax.jvp(jax.grad(...))``), work for every implementation; forward
-        mode alone only for "reference". A token axis that is sharded belongs inside ``jax.shard_map``: cut into
+        Reverse mode works for every implementation, forward mode over it (``jax.jvp(jax.grad(...))``) for "chunked"
+        and "reference", forward mode alone only for "reference". A token axis that is sharded belongs inside ``jax.shard_map``: cut into
         tiles under plain ``jit``, it would be gathered.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or options do not fit; the message says which.
         NotImplementedError: ``implementation`` cannot run on the device.
 
-    Source: arXiv:2411.09009 without its gradient filter: every gradient is exact.
+    Source: arXiv:2411.09009. Ours: accumulation in float32 always, the filter is off unless asked for and keeps the
+    mass of what it leaves out, ties to no order of the vocabulary.
 
     Example:
         >>> import jax.numpy as jnp
@@ -92,10 +110,23 @@ def linear_cross_entropy(
     """
     inputs.choice("reduction", reduction, ("mean", "sum", "none"))
     operands = inputs.arrays(embeddings, classifier, bias, classifier_layout)
-    vocabulary = operands[1].shape[classifier_layout.index("v")]
+    shard = operands[1].shape[classifier_layout.index("v")]
+    vocabulary = shard if vocab_axis_name is None else shard * jax.lax.axis_size(vocab_axis_name)
     labels = inputs.labels(labels, operands[0].shape[:-1], vocabulary, ignore_index, shift)
     implementation = dispatch.choose("linear_cross_entropy", implementation, _LOSSES)
-    spec = inputs.spec(implementation, operands, classifier_layout, softcap, block_sizes, label_smoothing, z_loss)
+    spec = inputs.spec(
+        implementation,
+        operands,
+        classifier_layout,
+        softcap,
+        block_sizes,
+        label_smoothing,
+        z_loss,
+        vocabulary,
+        filter_eps,
+        filter_embeddings,
+        filter_classifier,
+    )
     valid = labels != ignore_index
     if token_weights is None:
         weights = valid.astype(spec.dtype)
@@ -104,8 +135,12 @@ def linear_cross_entropy(
         weights = jnp.where(valid, inputs.shifted(token_weights, shift, 0), 0)
     known = (labels >= 0) & (labels < vocabulary)
     poison = jnp.where(valid & ~known, jnp.nan, 1).astype(spec.dtype)
+    if vocab_axis_name is not None:
+        labels = labels - shard * jax.lax.axis_index(vocab_axis_name)
+        known &= (labels >= 0) & (labels < shard)
     target = jnp.where(valid & known, labels, -1).astype(jnp.int32).reshape(-1)
-    loss, lse, _ = _loss(spec, reduction, return_lse, operands, weights * poison, target, weights.sum())
+    count = weights.sum()
+    loss, lse, _ = _loss(spec, reduction, return_lse, operands, weights * poison, target, count, vocab_axis_name)
     return (loss, jnp.where(valid, lse, 0)) if return_lse else loss  # pyright: ignore[reportArgumentType]
 
 
@@ -217,22 +252,37 @@ def _loss(
     weights: jax.Array,
     target: jax.Array | Draw,
     count: jax.Array,
+    vocab_axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """(reduced loss, lse [...] if asked for, labels [...]) of the weights [...] and flat labels or a flat draw."""
-    e, *rest = operands
-    e, c, b, w, target = _same_manual_axes((_rows(e), *rest, weights.reshape(-1), target))
+    e, c, b = operands
+    e, w = _rows(e), weights.reshape(-1)
     module, lse = _module(spec), None
-    if reduction != "none" and not return_lse and hasattr(module, "forward_backward"):
+    if reduction != "none" and not return_lse and vocab_axis_name is None and hasattr(module, "forward_backward"):
+        e, c, b, w, target = _same_manual_axes((e, c, b, w, target))
         loss, labels = _total(spec, e, c, b, w, target)  # pyright: ignore[reportGeneralTypeIssues]
     else:
+        if vocab_axis_name is not None:
+            # In float32, so that the shards' gradients of e are added in it.
+            e = _varying(e.astype(spec.dtype), {vocab_axis_name} & _manual_axes(c)).astype(e.dtype)
+        e, c, b, target = _same_manual_axes((e, c, b, target))
         forward = _per_token if hasattr(module, "backward") else module.forward
         nll, lse, labels = forward(spec, e, c, b, target)  # pyright: ignore[reportGeneralTypeIssues]
+        if vocab_axis_name is not None:
+            nll, lse = _over_shards(vocab_axis_name, nll, lse)
         loss = w * (nll + spec.z_loss * lse**2)
         lse = lse.reshape(weights.shape)
         loss = loss.reshape(weights.shape) if reduction == "none" else loss.sum()
     if reduction == "mean":
         loss /= jnp.where(count == 0, 1, count)
     return loss, lse, labels.reshape(weights.shape)
+
+
+def _over_shards(axis_name: str, nll: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(negative log likelihood, log-sum-exp) of the whole vocabulary from each shard's own."""
+    top = jax.lax.pmax(jax.lax.stop_gradient(lse), axis_name)
+    whole = top + jnp.log(jax.lax.psum(jnp.exp(lse - top), axis_name))
+    return whole - jax.lax.psum(lse - nll, axis_name), whole
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -242,8 +292,12 @@ def _per_token(spec, e, c, b, target):
 
 
 def _per_token_forward(spec, e, c, b, target):
-    nll, lse, labels = _module(spec).forward(spec, e, c, b, target)
-    return (nll, lse, labels), (e, c, b, labels, lse)
+    module = _module(spec)
+    if spec.filter_eps and hasattr(module, "forward_saving"):
+        (nll, lse, labels), saved = module.forward_saving(spec, e, c, b, target)
+    else:
+        (nll, lse, labels), saved = module.forward(spec, e, c, b, target), ()
+    return (nll, lse, labels), ((e, c, b, labels, lse), saved)
 
 
 def _per_token_backward(spec, residuals, cotangents):
@@ -251,8 +305,25 @@ def _per_token_backward(spec, residuals, cotangents):
     # The cotangents of a mean over many tokens are below what float16 holds: bring them to order one first.
     scale = jax.lax.stop_gradient(jnp.max(jnp.abs(g) + jnp.abs(h), initial=0))
     scale = jnp.where(scale > 0, scale, 1)
-    gradients = _module(spec).backward(spec, *residuals, g / scale, h / scale)
-    return *_scaled(spec, gradients, scale), None
+    primal, saved = residuals
+    gradients = _gradients(spec, *primal, g / scale, h / scale, scale, *saved)
+    return *_cast(spec, gradients), None
+
+
+def _gradients(spec, *operands):
+    backward = functools.partial(_module(spec).backward, spec)
+    if spec.implementation == "chunked":
+        return backward(*operands)
+
+    def refuse(*_):
+        raise NotImplementedError(
+            f"implementation={spec.implementation!r} has first derivatives only; "
+            "implementation='chunked' has jax.jvp(jax.grad(...)) too"
+        )
+
+    kernel = jax.custom_jvp(backward)
+    kernel.defjvp(refuse)
+    return kernel(*operands)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -269,16 +340,17 @@ def _total_forward(spec, e, c, b, weights, target):
 
 def _total_backward(spec, residuals, cotangents):
     loss, gradients = residuals
-    return *_scaled(spec, gradients, cotangents[0]), cotangents[0] * loss, None
+    gradients = jax.tree.map(lambda x: x * cotangents[0], gradients)
+    return *_cast(spec, gradients), cotangents[0] * loss, None
 
 
 _per_token.defvjp(_per_token_forward, _per_token_backward)
 _total.defvjp(_total_forward, _total_backward)
 
 
-def _scaled(spec: Spec, gradients: tuple[Any, ...], scale: jax.Array) -> list[Any]:
-    """The accumulated gradients times a scalar, in the dtypes of what they are gradients of."""
-    return [None if x is None else (x * scale).astype(dtype) for x, dtype in zip(gradients, spec.dtypes, strict=True)]
+def _cast(spec: Spec, gradients: tuple[Any, ...]) -> list[Any]:
+    """The gradients in the dtypes of what they are gradients of."""
+    return [None if x is None else x.astype(dtype) for x, dtype in zip(gradients, spec.dtypes, strict=True)]
 
 
 def _module(spec: Spec) -> ModuleType:
@@ -298,13 +370,14 @@ def _same_manual_axes(tree: Any) -> Any:
     """
     axes = frozenset().union(*(_manual_axes(x) for x in jax.tree.leaves(tree)))
 
-    def spread(x):
-        missing = tuple(axes - _manual_axes(x))
-        if not missing:
-            return x
-        return jax.lax.pcast(x, missing, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(x, missing)
+    return jax.tree.map(lambda x: _varying(x, axes), tree)
 
-    return jax.tree.map(spread, tree)
+
+def _varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    missing = tuple(axes - _manual_axes(x))
+    if not missing:
+        return x
+    return jax.lax.pcast(x, missing, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(x, missing)
 
 
 def _manual_axes(x: jax.Array) -> frozenset[str]:

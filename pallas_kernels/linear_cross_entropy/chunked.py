@@ -70,9 +70,10 @@ def backward(
     lse: jax.Array,
     g: jax.Array,
     h: jax.Array,
+    scale: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Gradients of embeddings, classifier and bias in ``spec.dtype``, from the cotangents [N] g of the negative log
-    likelihood and h of the log-sum-exp."""
+    """Gradients of embeddings, classifier and bias, from the cotangents [N] g of the negative log likelihood and h of
+    the log-sum-exp, both divided by ``scale`` so that they are of order one."""
     rows, columns = _tiles(spec, e, c, labels)
 
     def step(carry, start, size):
@@ -83,7 +84,7 @@ def backward(
         return _write(de, de_tile, start), sums
 
     de, (dc, db) = _loop(step, _zero_gradients(spec, e, c, b), e.shape[0], rows)
-    return de, dc, db
+    return jax.tree.map(lambda x: x * scale, (de, dc, db))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -152,7 +153,7 @@ def _row_tile(spec, columns, tile_logits, e, c, target):
     top, total, logit_sum, picked, label, _ = _loop(step, carry, _vocabulary(spec, c), columns)
     lse = top + jnp.log(total)
     smoothing = spec.label_smoothing
-    return lse - (1 - smoothing) * picked - smoothing / _vocabulary(spec, c) * logit_sum, lse, label
+    return lse - (1 - smoothing) * picked - smoothing / spec.classes * logit_sum, lse, label
 
 
 def _row_tile_gradients(spec, columns, tile_logits, e, c, sums, labels, lse, g, h):
@@ -166,7 +167,7 @@ def _row_tile_gradients(spec, columns, tile_logits, e, c, sums, labels, lse, g, 
         dz = jnp.exp(z - lse[:, None]) * (g + h)[:, None]
         dz -= jnp.where(_hit(labels, start, size), (1 - spec.label_smoothing) * g[:, None], 0)
         if spec.label_smoothing:
-            dz -= spec.label_smoothing / _vocabulary(spec, c) * g[:, None]
+            dz -= spec.label_smoothing / spec.classes * g[:, None]
         if spec.softcap is not None:
             dz *= 1 - (z / spec.softcap) ** 2
         if db is not None:

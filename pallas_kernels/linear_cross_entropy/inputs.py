@@ -54,9 +54,23 @@ def spec(
     block_sizes: tuple[int, int] | None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    classes: int | None = None,
+    filter_eps: float | str = 0.0,
+    filter_embeddings: bool = True,
+    filter_classifier: bool = True,
 ) -> Spec:
     """The static options, checked."""
     e, c, b = operands
+    if filter_eps == "auto":
+        filter_eps = float(jnp.finfo(e.dtype).eps) / 32
+    filter_eps = _number("filter_eps", filter_eps, lambda x: 0 <= x < 1, 'in [0, 1), or "auto"')
+    if filter_eps and label_smoothing and softcap is not None:
+        raise ValueError(
+            f"filter_eps={filter_eps}: with softcap and label_smoothing together no entry of the gradient is small; "
+            "use filter_eps=0"
+        )
+    if b is not None or not (filter_embeddings or filter_classifier):
+        filter_eps = 0.0  # the bias gradient is a sum over every entry: computing it saves nothing
     if softcap is not None:
         softcap = _number("softcap", softcap, lambda x: 0 < x < math.inf, "positive, or None")
     if block_sizes is not None:
@@ -73,6 +87,10 @@ def spec(
         softcap=softcap,
         label_smoothing=_number("label_smoothing", label_smoothing, lambda x: 0 <= x < 1, "in [0, 1)"),
         z_loss=_number("z_loss", z_loss, lambda x: 0 <= x < math.inf, "at least 0"),
+        classes=c.shape[classifier_layout.index("v")] if classes is None else classes,
+        filter_eps=filter_eps,
+        filter_embeddings=bool(filter_embeddings),
+        filter_classifier=bool(filter_classifier),
         block_sizes=block_sizes,
     )
 

@@ -10,7 +10,12 @@ from pallas_kernels.linear_cross_entropy.noise import Draw, exponential
 
 
 class Spec(NamedTuple):
-    """The static options that implementations see. ``dtypes`` are those of embeddings, classifier and bias."""
+    """The static options that implementations see.
+
+    ``dtypes`` are those of embeddings, classifier and bias. ``classes`` is V, also where the classifier at hand is one
+    shard of it. ``filter_eps`` (0: off) allows the gradients that ``filter_embeddings`` and ``filter_classifier`` name
+    to leave out softmax entries below it; an implementation that leaves out fewer, or none, is right too.
+    """
 
     implementation: str
     target: dispatch.Target
@@ -19,6 +24,10 @@ class Spec(NamedTuple):
     softcap: float | None
     label_smoothing: float
     z_loss: float
+    classes: int
+    filter_eps: float
+    filter_embeddings: bool
+    filter_classifier: bool
     block_sizes: tuple[int, int] | None
 
     @property
@@ -55,5 +64,5 @@ def forward(
     picked = jnp.where(hit, z, 0).sum(-1)
     nll = lse - (1 - spec.label_smoothing) * picked
     if spec.label_smoothing:
-        nll -= spec.label_smoothing * z.mean(-1)
+        nll -= spec.label_smoothing / spec.classes * z.sum(-1)
     return nll, lse, labels
