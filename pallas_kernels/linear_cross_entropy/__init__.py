@@ -23,10 +23,6 @@ from pallas_kernels.linear_cross_entropy.reference import Spec
 
 __all__ = ["linear_cross_entropy", "sample_linear_categorical", "sampled_linear_cross_entropy"]
 
-# Best first; a module of that name in this package holds the functions.
-_LOSSES: dispatch.Registry = {"chunked": dispatch.anywhere, "reference": dispatch.anywhere}
-_SAMPLERS: dispatch.Registry = {"chunked": dispatch.anywhere, "reference": dispatch.anywhere}
-
 
 def linear_cross_entropy(
     embeddings: jax.Array,
@@ -91,8 +87,8 @@ def linear_cross_entropy(
     Returns:
         The loss, or (loss, lse), in float32 (float64 for float64 inputs). Gradients have their inputs' dtypes.
         Reverse mode works for every implementation, forward mode over it (``jax.jvp(jax.grad(...))``) for "chunked"
-        and "reference", forward mode alone only for "reference". A token axis that is sharded belongs inside ``jax.shard_map``: cut into
-        tiles under plain ``jit``, it would be gathered.
+        and "reference", forward mode alone only for "reference". A token axis that is sharded belongs inside
+        ``jax.shard_map``: cut into tiles under plain ``jit``, it would be gathered.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or options do not fit; the message says which.
@@ -113,7 +109,7 @@ def linear_cross_entropy(
     shard = operands[1].shape[classifier_layout.index("v")]
     vocabulary = shard if vocab_axis_name is None else shard * jax.lax.axis_size(vocab_axis_name)
     labels = inputs.labels(labels, operands[0].shape[:-1], vocabulary, ignore_index, shift)
-    implementation = dispatch.choose("linear_cross_entropy", implementation, _LOSSES)
+    implementation = _chosen("linear_cross_entropy", implementation, operands)
     spec = inputs.spec(
         implementation,
         operands,
@@ -185,7 +181,7 @@ def sample_linear_categorical(
         [1, 1]
     """
     operands = inputs.arrays(embeddings, classifier, bias, classifier_layout)
-    implementation = dispatch.choose("sample_linear_categorical", implementation, _SAMPLERS)
+    implementation = _chosen("sample_linear_categorical", implementation, operands, drawing=True)
     spec = inputs.spec(implementation, operands, classifier_layout, softcap, block_sizes)
     e, c, b = jax.lax.stop_gradient(operands)
     draw = inputs.draw(key, token_ids, e.shape[:-1])
@@ -234,7 +230,7 @@ def sampled_linear_cross_entropy(
     """
     inputs.choice("reduction", reduction, ("mean", "sum", "none"))
     operands = inputs.arrays(embeddings, classifier, bias, classifier_layout)
-    implementation = dispatch.choose("sampled_linear_cross_entropy", implementation, _SAMPLERS)
+    implementation = _chosen("sampled_linear_cross_entropy", implementation, operands, drawing=True)
     spec = inputs.spec(implementation, operands, classifier_layout, softcap, block_sizes)
     shape = operands[0].shape[:-1]
     weights = jnp.ones(shape) if token_weights is None else token_weights
@@ -242,6 +238,21 @@ def sampled_linear_cross_entropy(
     draw = inputs.draw(key, token_ids, shape)
     loss, _, labels = _loss(spec, reduction, False, operands, weights, draw, weights.sum())
     return loss, labels
+
+
+def _chosen(op: str, implementation: str | None, operands: tuple[Any, Any, Any], drawing: bool = False) -> str:
+    """The name of the implementation to use: a module of this package. The registry lists them best first."""
+    dtype = jnp.promote_types(operands[0].dtype, operands[1].dtype)
+
+    def mosaic_gpu(target: dispatch.Target) -> str | None:
+        if target.platform != "gpu" or target.compute_capability != (9, 0):
+            return "needs an NVIDIA Hopper GPU"
+        if dtype.itemsize != 2:
+            return f"reads bfloat16 or float16, not {dtype}"
+        return "draws no labels" if drawing else None
+
+    registry = {"mosaic_gpu": mosaic_gpu, "chunked": dispatch.anywhere, "reference": dispatch.anywhere}
+    return dispatch.choose(op, implementation, registry)
 
 
 def _loss(
