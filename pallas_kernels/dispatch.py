@@ -4,11 +4,14 @@ A kernel lowered for a device that cannot run it may abort the process instead o
 before lowering, from the device the program is lowered for, and never by trying.
 """
 
+import concurrent.futures
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 # The mesh of an ahead-of-time compilation names its GPU but not the GPU's compute capability.
 _COMPUTE_CAPABILITY = {
@@ -43,6 +46,48 @@ def anywhere(target: Target) -> str | None:
     return None
 
 
+def mosaic_tpu(target: Target) -> str | None:
+    """The registry entry of a Pallas kernel for TPU."""
+    if target.platform != "tpu" or device_kind() in ("TPU v2", "TPU v3"):
+        return "needs a TPU v4 or later"
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    split = [name for name, size in mesh.shape.items() if size > 1 and kinds[name] != jax.sharding.AxisType.Manual]
+    if split:
+        return f"cannot be partitioned by XLA over the mesh axes {split}: call it inside jax.shard_map"
+    attached = [device for device in jax.local_devices() if device.platform == "tpu"]
+    return mosaic_tpu_refusal(attached[0]) if attached else None
+
+
+@functools.cache
+def mosaic_tpu_refusal(device: Any) -> str | None:
+    """Why the compiler of ``device`` takes no Pallas kernel at all (None: it does).
+
+    Compiles the smallest kernel, once per process: hosted notebooks pair JAX with a libtpu that is older than JAX
+    expects, and there every kernel fails, with an error that depends on the two versions.
+    """
+    from jax.experimental import pallas as pl
+
+    def copy(x_ref, y_ref):
+        y_ref[...] = x_ref[...]
+
+    def compile_copy():
+        x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
+        jax.jit(pl.pallas_call(copy, out_shape=x)).lower(x).compile()
+
+    try:
+        # In a thread of its own nothing of the program being traced is in force: no mesh, no mapped axes.
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            thread.submit(compile_copy).result()
+    except Exception as error:
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        return (
+            f"needs a compiler that takes Pallas kernels, and this one does not ({first_line}): "
+            "install libtpu>=0.0.23 before JAX is imported"
+        )
+    return None
+
+
 def target() -> Target:
     """Says what the program being traced is lowered for.
 
@@ -58,10 +103,13 @@ def target() -> Target:
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if device is not None:
         return _described(device)
-    device = jax.config.jax_default_device
-    if device is None or isinstance(device, str):
-        device = jax.local_devices(backend=device)[0]
+    device = _default_device()
     return Target(_platform(device), _capability(device))
+
+
+def device_kind() -> str:
+    """The kind of the device that ``target`` describes, as JAX names it, such as "TPU v5 lite"."""
+    return (getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None) or _default_device()).device_kind
 
 
 def choose(op: str, implementation: str | None, registry: Registry) -> str:
@@ -88,6 +136,11 @@ def choose(op: str, implementation: str | None, registry: Registry) -> str:
             return name
     why = "; ".join(f"{name!r} {reason}" for name, reason in reasons.items())
     raise NotImplementedError(f"{op} cannot run on {here}: {why}. implementation=None chooses what can run")
+
+
+def _default_device() -> Any:
+    device = jax.config.jax_default_device
+    return jax.local_devices(backend=device)[0] if device is None or isinstance(device, str) else device
 
 
 def _described(device: Any) -> Target:

@@ -4,11 +4,14 @@ Runs a program in a process of its own (a compiler's failure can end Python, and
 imported) and returns the last line of its output as JSON.
 """
 
+import importlib.util
 import json
 import os
 import pathlib
 import subprocess
 import sys
+
+import pytest
 
 TPU = {
     "JAX_PLATFORMS": "cpu",
@@ -16,6 +19,30 @@ TPU = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
+
+
+GPU = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "XLA_FLAGS": "--xla_gpu_autotune_level=0"}
+
+
+def gpu_target(name: str, major: int, minor: int, shared_kib: int, cores: int, l2_mib: int, memory: int) -> str:
+    """The target configuration of an NVIDIA GPU: `shared_kib` is what one block may use, `memory` is in bytes."""
+    threads = 1024 if major < 8 else 2048
+    return f"""gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+ block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 registers_per_core_limit: 65536
+ registers_per_block_limit: 65536 fpus_per_core: 128 clock_rate_ghz: 1.6 memory_bandwidth: 1000000000000
+ shared_memory_per_core: {(shared_kib + 1) * 1024} shared_memory_per_block_optin: {shared_kib * 1024}
+ threads_per_core_limit: {threads} core_count: {cores} l2_cache_size: {l2_mib * 2**20} device_memory_size: {memory}
+ cuda_compute_capability {{ major: {major} minor: {minor} }} }}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} device_description_str: "{name}\""""
+
+
+H200 = gpu_target("NVIDIA H200", 9, 0, 227, 132, 50, 151_397_597_184)
+A100 = gpu_target("NVIDIA A100-SXM4-80GB", 8, 0, 163, 108, 40, 85_000_000_000)
+L4 = gpu_target("NVIDIA L4", 8, 9, 99, 58, 48, 24_000_000_000)
+T4 = gpu_target("Tesla T4", 7, 5, 64, 40, 4, 15_655_829_504)
+needs_cuda_plugin = pytest.mark.skipif(
+    not any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (12, 13)), reason="no CUDA plugin wheel"
+)
 
 
 def compile_in_a_process(program: str, *arguments: str, environment: dict[str, str], timeout: float = 900):

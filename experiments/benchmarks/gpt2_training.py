@@ -186,7 +186,9 @@ def _measure_jax(name: Variant, config: Config) -> dict[str, Any]:
         mesh,
         DECODER_PARTITION_RULES,
     )
-    blocks = {} if config.loss_rows is None else {"block_sizes": (config.loss_rows, c.vocab_size)}
+    blocks = {}
+    if config.loss_rows is not None:
+        blocks = {"implementation": "chunked", "block_sizes": (config.loss_rows, c.vocab_size)}
     step = training.make_train_step(training.next_token_loss(model, **blocks), tx)
     if name == "sophia_g":
         refresh = training.make_hessian_refresh(

@@ -80,7 +80,7 @@ def linear_cross_entropy(
         vocab_axis_name: inside ``jax.shard_map``, the mesh axis over which the classifier (and bias) is split along V:
             each device passes its shard, and V and the labels count all shards. Results are the same on every device
             of the axis.
-        implementation: "mosaic_tpu" (TPU), "mosaic_gpu" (NVIDIA Hopper), "triton" (NVIDIA Turing to Ada),
+        implementation: "mosaic_tpu" (TPU), "mosaic_gpu" (NVIDIA Hopper), "triton" (NVIDIA Ampere, Ada; jax-triton),
             "chunked" (XLA, one tile of logits at a time), "reference" (materialised) or None for the best.
         block_sizes: (rows, vocabulary entries) of a tile; None chooses.
 
@@ -181,7 +181,7 @@ def sample_linear_categorical(
         [1, 1]
     """
     operands = inputs.arrays(embeddings, classifier, bias, classifier_layout)
-    implementation = _chosen("sample_linear_categorical", implementation, operands, drawing=True)
+    implementation = _chosen("sample_linear_categorical", implementation, operands)
     spec = inputs.spec(implementation, operands, classifier_layout, softcap, block_sizes)
     e, c, b = jax.lax.stop_gradient(operands)
     draw = inputs.draw(key, token_ids, e.shape[:-1])
@@ -230,7 +230,7 @@ def sampled_linear_cross_entropy(
     """
     inputs.choice("reduction", reduction, ("mean", "sum", "none"))
     operands = inputs.arrays(embeddings, classifier, bias, classifier_layout)
-    implementation = _chosen("sampled_linear_cross_entropy", implementation, operands, drawing=True)
+    implementation = _chosen("sampled_linear_cross_entropy", implementation, operands)
     spec = inputs.spec(implementation, operands, classifier_layout, softcap, block_sizes)
     shape = operands[0].shape[:-1]
     weights = jnp.ones(shape) if token_weights is None else token_weights
@@ -240,7 +240,7 @@ def sampled_linear_cross_entropy(
     return loss, labels
 
 
-def _chosen(op: str, implementation: str | None, operands: tuple[Any, Any, Any], drawing: bool = False) -> str:
+def _chosen(op: str, implementation: str | None, operands: tuple[Any, Any, Any]) -> str:
     """The name of the implementation to use: a module of this package. The registry lists them best first."""
     dtype = jnp.promote_types(operands[0].dtype, operands[1].dtype)
 
@@ -249,9 +249,28 @@ def _chosen(op: str, implementation: str | None, operands: tuple[Any, Any, Any],
             return "needs an NVIDIA Hopper GPU"
         if dtype.itemsize != 2:
             return f"reads bfloat16 or float16, not {dtype}"
-        return "draws no labels" if drawing else None
+        return None
 
-    registry = {"mosaic_gpu": mosaic_gpu, "chunked": dispatch.anywhere, "reference": dispatch.anywhere}
+    def triton(target: dispatch.Target) -> str | None:
+        if target.platform != "gpu":
+            return "needs an NVIDIA GPU"
+        # It needs jax-triton too, which is optional: where that is missing, None goes on to what comes next.
+        return importlib.import_module(f"{__name__}.triton").unavailable(dtype, target)
+
+    def mosaic_tpu(target: dispatch.Target) -> str | None:
+        if dtype == jnp.float64:
+            return "reads bfloat16, float16 or float32, not float64"
+        return dispatch.mosaic_tpu(target)
+
+    registry = {
+        "mosaic_tpu": mosaic_tpu,
+        "mosaic_gpu": mosaic_gpu,
+        "triton": triton,
+        "chunked": dispatch.anywhere,
+        "reference": dispatch.anywhere,
+    }
+    if dtype.itemsize > 2:  # without tensor cores Triton's products are slower than XLA's: only for who asks
+        registry["triton"] = registry.pop("triton")
     return dispatch.choose(op, implementation, registry)
 
 
@@ -275,7 +294,7 @@ def _loss(
     else:
         if vocab_axis_name is not None:
             # In float32, so that the shards' gradients of e are added in it.
-            e = _varying(e.astype(spec.dtype), {vocab_axis_name} & _manual_axes(c)).astype(e.dtype)
+            e = _varying(e.astype(spec.dtype), _manual_axes(c) & {vocab_axis_name}).astype(e.dtype)
         e, c, b, target = _same_manual_axes((e, c, b, target))
         forward = _per_token if hasattr(module, "backward") else module.forward
         nll, lse, labels = forward(spec, e, c, b, target)  # pyright: ignore[reportGeneralTypeIssues]
@@ -305,9 +324,9 @@ def _per_token(spec, e, c, b, target):
 def _per_token_forward(spec, e, c, b, target):
     module = _module(spec)
     if spec.filter_eps and hasattr(module, "forward_saving"):
-        (nll, lse, labels), saved = module.forward_saving(spec, e, c, b, target)
+        (nll, lse, labels), saved = _undifferentiated(spec, module.forward_saving)(e, c, b, target)
     else:
-        (nll, lse, labels), saved = module.forward(spec, e, c, b, target), ()
+        (nll, lse, labels), saved = _undifferentiated(spec, module.forward)(e, c, b, target), ()
     return (nll, lse, labels), ((e, c, b, labels, lse), saved)
 
 
@@ -317,14 +336,15 @@ def _per_token_backward(spec, residuals, cotangents):
     scale = jax.lax.stop_gradient(jnp.max(jnp.abs(g) + jnp.abs(h), initial=0))
     scale = jnp.where(scale > 0, scale, 1)
     primal, saved = residuals
-    gradients = _gradients(spec, *primal, g / scale, h / scale, scale, *saved)
+    gradients = _undifferentiated(spec, _module(spec).backward)(*primal, g / scale, h / scale, scale, *saved)
     return *_cast(spec, gradients), None
 
 
-def _gradients(spec, *operands):
-    backward = functools.partial(_module(spec).backward, spec)
+def _undifferentiated(spec, f):
+    """``f`` of the operands, which if it is a kernel refuses to be differentiated and says why."""
+    f = functools.partial(f, spec)
     if spec.implementation == "chunked":
-        return backward(*operands)
+        return f
 
     def refuse(*_):
         raise NotImplementedError(
@@ -332,9 +352,9 @@ def _gradients(spec, *operands):
             "implementation='chunked' has jax.jvp(jax.grad(...)) too"
         )
 
-    kernel = jax.custom_jvp(backward)
+    kernel = jax.custom_jvp(f)
     kernel.defjvp(refuse)
-    return kernel(*operands)
+    return kernel
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

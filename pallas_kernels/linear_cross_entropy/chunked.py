@@ -57,7 +57,7 @@ def forward(
         tile = _row_tile(spec, columns, tile_logits, e_tile, c, _target_rows(target, start, size))
         return tuple(_write(out, part, start) for out, part in zip(outputs, tile, strict=True))
 
-    return _loop(step, _row_outputs(spec, e), e.shape[0], rows)  # pyright: ignore[reportReturnType]
+    return loop_over_tiles(step, _row_outputs(spec, e), e.shape[0], rows)  # pyright: ignore[reportReturnType]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -83,7 +83,7 @@ def backward(
         de_tile, sums = _row_tile_gradients(spec, columns, tile_logits, e_tile, c, sums, *parts)
         return _write(de, de_tile, start), sums
 
-    de, (dc, db) = _loop(step, _zero_gradients(spec, e, c, b), e.shape[0], rows)
+    de, (dc, db) = loop_over_tiles(step, _zero_gradients(spec, e, c, b), e.shape[0], rows)
     return jax.tree.map(lambda x: x * scale, (de, dc, db))
 
 
@@ -116,7 +116,7 @@ def forward_backward(
 
     loss, _, labels = _row_outputs(spec, e)
     carry = ((loss, labels), _zero_gradients(spec, e, c, b))
-    (loss, labels), (de, (dc, db)) = _loop(step, carry, e.shape[0], rows)
+    (loss, labels), (de, (dc, db)) = loop_over_tiles(step, carry, e.shape[0], rows)
     return loss, labels, (de, dc, db)
 
 
@@ -150,7 +150,7 @@ def _row_tile(spec, columns, tile_logits, e, c, target):
     top = jnp.full_like(zero, jnp.finfo(spec.dtype).min)
     label = jnp.zeros_like(e, jnp.int32, shape=e.shape[:1]) if drawing else target
     carry = (top, zero, zero, zero, label, jnp.full_like(zero, -jnp.inf))
-    top, total, logit_sum, picked, label, _ = _loop(step, carry, _vocabulary(spec, c), columns)
+    top, total, logit_sum, picked, label, _ = loop_over_tiles(step, carry, _vocabulary(spec, c), columns)
     lse = top + jnp.log(total)
     smoothing = spec.label_smoothing
     return lse - (1 - smoothing) * picked - smoothing / spec.classes * logit_sum, lse, label
@@ -178,10 +178,10 @@ def _row_tile_gradients(spec, columns, tile_logits, e, c, sums, labels, lse, g, 
         dc_tile = jnp.einsum(f"rv,rd->{layout}", dz, operand, preferred_element_type=spec.dtype)
         return de, (_add(dc, dc_tile, start, layout.index("v")), db)
 
-    return _loop(step, (jnp.zeros_like(e, spec.dtype), sums), _vocabulary(spec, c), columns)
+    return loop_over_tiles(step, (jnp.zeros_like(e, spec.dtype), sums), _vocabulary(spec, c), columns)
 
 
-def _loop(step: Callable[[_Carry, Any, int], _Carry], carry: _Carry, total: int, tile: int) -> _Carry:
+def loop_over_tiles(step: Callable[[_Carry, Any, int], _Carry], carry: _Carry, total: int, tile: int) -> _Carry:
     """carry = step(carry, start, size) over [0, total). A ragged last tile is a call of its own: nothing is padded."""
     full, rest = divmod(total, tile)
     if full == 1:

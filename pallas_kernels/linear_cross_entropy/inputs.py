@@ -74,8 +74,10 @@ def spec(
     if softcap is not None:
         softcap = _number("softcap", softcap, lambda x: 0 < x < math.inf, "positive, or None")
     if block_sizes is not None:
-        if implementation == "reference":
-            raise ValueError(f"block_sizes={block_sizes}: the reference implementation has no tiles; use None")
+        if implementation in ("reference", "mosaic_gpu"):
+            raise ValueError(
+                f"block_sizes={block_sizes}: implementation={implementation!r} has no tiles to choose; use None"
+            )
         if len(block_sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in block_sizes):
             raise ValueError(f"block_sizes must be two positive ints (rows, vocabulary entries), got {block_sizes!r}")
         block_sizes = (block_sizes[0], block_sizes[1])  # a list would not be hashable

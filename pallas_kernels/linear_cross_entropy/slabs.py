@@ -8,13 +8,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
+from pallas_kernels.linear_cross_entropy.chunked import loop_over_tiles
 from pallas_kernels.linear_cross_entropy.reference import Spec
 
-_SLAB_BYTES = 128 * 2**20
+SLAB_BYTES = 80 * 2**20
 _MULTIPLE = 1024  # a slab is whole tiles, of any kernel's size
+_LEAST = 4096  # each slab reads and writes the embeddings' gradient: with fewer entries that would take over
 
 
 def backward(
@@ -28,6 +29,7 @@ def backward(
     logit_gradients: Callable[..., jax.Array],
     embeddings: bool = True,
     classifier: bool = True,
+    slab_bytes: int = SLAB_BYTES,
 ) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
     """Gradients as ``chunked.backward``; None for one that is not asked for.
 
@@ -39,7 +41,8 @@ def backward(
     if dtype != jnp.float16:  # float16 cannot hold the gradient of a mean: there, scale comes last
         g, h, scale = g * scale, h * scale, jnp.ones_like(scale)
     operand = e.astype(dtype)
-    size = _slab(e.shape[0], vocabulary, dtype.itemsize)
+    size = slab_bytes // (max(e.shape[0], 1) * dtype.itemsize) // _MULTIPLE * _MULTIPLE
+    size = max(size, _LEAST if embeddings else _MULTIPLE)
 
     def step(carry, start, size):
         de, dc, db = carry
@@ -48,9 +51,9 @@ def backward(
             c_slab = lax.dynamic_slice_in_dim(c, start, size, vocabulary_axis).astype(dtype)
             de += jnp.einsum(f"rv,{spec.classifier_layout}->rd", dz, c_slab, preferred_element_type=spec.dtype)
         if dc is not None:
-            accumulated = spec.dtype if dtype == jnp.float16 else dc.dtype
-            part = jnp.einsum(f"rv,rd->{spec.classifier_layout}", dz, operand, preferred_element_type=accumulated)
-            part = (part * scale).astype(dc.dtype) if dtype == jnp.float16 else part
+            rounded = dtype if dtype == dc.dtype == jnp.bfloat16 else spec.dtype  # by the product itself if it can
+            part = jnp.einsum(f"rv,rd->{spec.classifier_layout}", dz, operand, preferred_element_type=rounded)
+            part = part if rounded == dc.dtype == jnp.bfloat16 else (part * scale).astype(dc.dtype)
             dc = lax.dynamic_update_slice_in_dim(dc, part, start, vocabulary_axis)
         if db is not None:
             db = lax.dynamic_update_slice_in_dim(db, dz.sum(0, dtype=spec.dtype), start, 0)
@@ -61,12 +64,5 @@ def backward(
         jnp.zeros_like(c) if classifier else None,
         None if b is None else jnp.zeros_like(b, spec.dtype),
     )
-    full, rest = divmod(vocabulary, size)
-    carry = lax.fori_loop(np.int32(0), np.int32(full), lambda i, carried: step(carried, i * size, size), carry)
-    de, dc, db = step(carry, full * size, rest) if rest else carry
+    de, dc, db = loop_over_tiles(step, carry, vocabulary, size)
     return None if de is None else de * scale, dc, None if db is None else db * scale
-
-
-def _slab(tokens: int, vocabulary: int, itemsize: int) -> int:
-    most = max(_SLAB_BYTES // (max(tokens, 1) * itemsize) // _MULTIPLE, 1) * _MULTIPLE
-    return min(most, vocabulary)

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxskip.losses import linear_cross_entropy, sampled_linear_cross_entropy
+from jaxskip.losses import LinearCrossEntropy, linear_cross_entropy, sampled_linear_cross_entropy
 from jaxskip.training import make_mesh
 
 keys = jax.random.split(jax.random.key(0), 3)
@@ -34,6 +36,43 @@ def test_value_and_gradients_are_the_materialised_ones_on_every_mesh(axes):
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(grads[0], de, rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(grads[1], dc, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize("layout", ["vd", "dv"])
+def test_a_classifier_split_along_the_vocabulary_stays_split(layout):
+    """Value and gradients as before, and no device ever holds the whole classifier. Tolerances as above."""
+    mesh = make_mesh(2, 1, 4)
+    expected, (de, dc) = jax.value_and_grad(materialised, (0, 1))(E, C, LABELS)
+    spec = P("tensor", None) if layout == "vd" else P(None, "tensor")
+    with jax.set_mesh(mesh):
+        e, labels = jax.device_put((E, LABELS), NamedSharding(mesh, P("data")))
+        c = jax.device_put(C if layout == "vd" else C.T, NamedSharding(mesh, spec))
+        loss = functools.partial(linear_cross_entropy, vocab_axis_name="tensor", classifier_layout=layout)
+        compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(e, c, labels).compile()
+        value, grads = compiled(e, c, labels)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(grads[0], de, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(grads[1] if layout == "vd" else grads[1].T, dc, rtol=1e-4, atol=1e-7)
+    assert "all-gather" not in compiled.as_text()
+    assert grads[1].sharding.is_equivalent_to(c.sharding, 2)
+
+
+def test_a_vocabulary_axis_that_is_not_there():
+    with pytest.raises(ValueError, match="vocab_axis_name='tensor' is no axis"):
+        linear_cross_entropy(E, C, LABELS, vocab_axis_name="tensor")
+
+
+def test_the_layer_owns_its_classifier_or_takes_a_tied_one():
+    layer = LinearCrossEntropy(vocabulary=40, options={"z_loss": 1e-3})
+    params = layer.init(jax.random.key(0), E, LABELS)
+    own = layer.apply(params, E, LABELS)
+    tied = LinearCrossEntropy(options={"z_loss": 1e-3}).apply({}, E, LABELS, params["params"]["classifier"])
+    assert own == tied == linear_cross_entropy(E, params["params"]["classifier"], LABELS, z_loss=1e-3)
+    with pytest.raises(ValueError, match="vocabulary=40 or a classifier"):
+        layer.apply(params, E, LABELS, C)
+    with pytest.raises(ValueError, match="not given"):
+        LinearCrossEntropy().apply({}, E, LABELS)
 
 
 @pytest.mark.multidevice

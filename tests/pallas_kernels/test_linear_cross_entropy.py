@@ -489,3 +489,55 @@ def test_tokens_spread_over_devices_by_shard_map(reduction):
         )
     )(e, c, bias)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-6), got, want)
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_vocabulary_split_over_devices_equals_one_device(implementation, check_vma):
+    """Float32 sums in another order: 1e-6 of the largest entry."""
+    e, c, labels, bias, _ = problem((16,), vocabulary=64, width=32)
+    e, c, bias = (jnp.asarray(x, jnp.float32) for x in (e, c, bias))
+    options = {"softcap": 5.0, "label_smoothing": 0.1, "z_loss": 0.01, "implementation": implementation}
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    specs = P("data"), P("tensor"), P("tensor"), P("data")
+
+    def split(e, c, bias):
+        @functools.partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=P("data"), check_vma=check_vma)
+        def partial_sums(e, c, bias, labels):
+            loss = linear_cross_entropy(e, c, labels, bias=bias, reduction="sum", vocab_axis_name="tensor", **options)
+            return loss[None]
+
+        return partial_sums(e, c, bias, jnp.asarray(labels)).sum()
+
+    whole = lambda e, c, bias: linear_cross_entropy(e, c, labels, bias=bias, reduction="sum", **options)  # noqa: E731
+    want = jax.value_and_grad(whole, (0, 1, 2))(e, c, bias)
+    got = jax.jit(jax.value_and_grad(split, (0, 1, 2)))(e, c, bias)
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert jnp.abs(ours - theirs).max() <= 1e-6 * jnp.abs(theirs).max()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"filter_eps": -1.0}, "filter_eps must be in"),
+        ({"filter_eps": 1.0}, "filter_eps must be in"),
+        ({"filter_eps": "some"}, "filter_eps must be a Python number"),
+        ({"filter_eps": 0.1, "softcap": 3.0, "label_smoothing": 0.1}, "use filter_eps=0"),
+    ],
+    ids=str,
+)
+def test_a_filter_that_makes_no_sense_raises(options, message):
+    e, c, labels, _, _ = problem()
+    with pytest.raises((ValueError, TypeError), match=message):
+        linear_cross_entropy(e.astype("f4"), c.astype("f4"), labels, **options)
+
+
+def test_an_implementation_may_leave_out_nothing():
+    """XLA's does not: with any threshold its gradients are the exact ones."""
+    e, c, labels, _, _ = problem()
+    e, c = e.astype("f4"), c.astype("f4")
+    gradient = lambda **options: jax.grad(lambda e: linear_cross_entropy(e, c, labels, **options))(e)  # noqa: E731
+    np.testing.assert_array_equal(
+        gradient(filter_eps="auto", implementation="chunked"), gradient(implementation="chunked")
+    )

@@ -1,0 +1,260 @@
+"""The measuring process of `experiments.benchmarks.linear_cross_entropy`: its JAX rows, and how any row is timed."""
+
+import dataclasses
+import functools
+import importlib
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+OURS = ("mosaic_gpu", "mosaic_tpu", "triton", "chunked")  # best first
+# Our gradients: the paper's presets as options of the op.
+PRESETS: dict[str, dict[str, Any]] = {
+    "kahan": {"filter_eps": "auto"},
+    "kahan_full_c": {"filter_eps": "auto", "filter_classifier": False},
+    "exact": {},
+}
+_CHAIN_SECONDS = 0.05
+OUT_OF_TIME = "out of time (--seconds)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One thing to time. ``build`` compiles it and gives (call, MB beyond the inputs or None)."""
+
+    row: str
+    kind: str
+    build: Callable[[], tuple[Callable[[], Any], float | None]]
+
+
+def emit(**event: Any) -> None:
+    print(json.dumps(event), flush=True)
+
+
+def milliseconds(call: Callable[[], Any], wait: Callable[[Any], Any], repeats: int) -> list[float]:
+    """Time of a call in each of ``repeats`` samples; short calls are enqueued several at a time."""
+    wait(call())
+    begin = time.perf_counter()
+    wait(call())
+    chained = max(1, math.ceil(_CHAIN_SECONDS / (time.perf_counter() - begin)))
+    times = []
+    for _ in range(repeats):
+        out, begin = None, time.perf_counter()
+        for _ in range(chained):
+            out = call()
+        wait(out)
+        times.append(1e3 * (time.perf_counter() - begin) / chained)
+    return times
+
+
+def in_turns(
+    task: dict, shape: str, programs: Sequence[Program], wait: Callable, facts: Callable[[Program, Any], dict]
+) -> None:
+    """Build and time each program, then time all of them once more; an event for every time."""
+    done = [tuple(key) for key in task["done"]]
+    calls: dict[tuple[str, str], Callable[[], Any]] = {}
+    for program in programs:
+        name = {"shape": shape, "row": program.row, "kind": program.kind}
+        if tuple(name.values()) in done:
+            continue
+        if time.time() > task["deadline"]:
+            emit(**name, missing=OUT_OF_TIME)
+            continue
+        try:
+            call, mb = program.build()
+            emit(**name, mb=mb, **facts(program, call()), times=milliseconds(call, wait, task["repeats"]))
+        except Exception as error:  # a peer that fails must not take the others' figures along
+            emit(**name, missing=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            continue
+        calls[program.row, program.kind] = call
+    for (row, kind), call in calls.items():
+        if time.time() < task["deadline"]:
+            emit(shape=shape, row=row, kind=kind, times=milliseconds(call, wait, task["repeats"]))
+
+
+def compared(tokens: int, vocabulary: int) -> tuple[list[int], list[int], list[int]]:
+    """The tokens, the frequent entries and the other entries (64 each) on which gradients are compared."""
+    others = range(64, vocabulary, max((vocabulary - 64) // 64, 1))
+    return list(range(0, tokens, max(tokens // 64, 1)))[:64], list(range(64)), list(others)[:64]
+
+
+def measure(task: str) -> None:
+    """Measure the JAX rows of a task, an event a line."""
+    import jax
+    import jax.numpy as jnp
+
+    asked = json.loads(task)
+    size = 256 if jax.default_backend() == "cpu" else 8192
+    emit(framework="jax", device=jax.devices()[0].device_kind, size=size, tflops=_product_rate(size) / 1e12)
+    reasons = {name: unavailable(name) for name in asked["names"]}
+    for name, reason in reasons.items():
+        if reason is not None:
+            emit(shape="", row=name, kind="", missing=reason)
+    for shape, wanted in asked["shapes"].items():
+        names = [name for name in asked["names"] if name in wanted["rows"] and reasons[name] is None]
+        if time.time() > asked["deadline"]:
+            for name in names:
+                emit(shape=shape, row=name, kind="", missing=OUT_OF_TIME)
+            continue
+        inputs = zipf_inputs(jax.random.key(0), *wanted["size"], shuffle=asked["shuffle"])
+        programs = [program for name in names for program in _programs(name, *inputs)]
+        if wanted["brief"]:
+            programs = [program for program in programs if program.kind != "kahan_full_c"]
+            facts = functools.partial(_facts, None, None)
+        else:
+            chosen = tuple(map(jnp.array, compared(*wanted["size"][:2])))
+            facts = functools.partial(_facts, chosen, exact_gradients(*inputs, *chosen))
+        in_turns(asked, shape, programs, jax.block_until_ready, facts)
+
+
+def unavailable(row: str, dtype: str = "bfloat16") -> str | None:
+    """Why a row cannot be measured on this machine with operands of that dtype, or None."""
+    if row not in OURS:
+        package = {"xla": "optax", "tokamax": "tokamax"}[row]
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            return f"{package} cannot be imported ({error})"
+        return None
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.linear_cross_entropy import linear_cross_entropy
+
+    x, labels = jax.ShapeDtypeStruct((128, 128), jnp.dtype(dtype)), jax.ShapeDtypeStruct((128,), jnp.int32)
+    try:
+        jax.eval_shape(functools.partial(linear_cross_entropy, implementation=row), x, x, labels)
+    except (ImportError, NotImplementedError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def zipf_inputs(key, tokens: int, vocabulary: int, width: int, *, shuffle: bool = False) -> tuple[Any, Any, Any]:
+    """Embeddings [N, D] and classifier [V, D] in bfloat16 and labels [N], of a model that knows what may follow.
+
+    Classifier N(0, 1/D); a label and four rivals a token by Zipf's law, token ids by frequency or shuffled; embedding
+    8 x the label's row + 6 x the sum of the rivals' + N(0, 1).
+    """
+    import jax
+    import jax.numpy as jnp
+
+    @jax.jit
+    def make(key):
+        for_classifier, for_ids, for_noise, for_order = jax.random.split(key, 4)
+        c = jax.random.normal(for_classifier, (vocabulary, width)) / width**0.5
+        frequency = 1 / jnp.arange(1, vocabulary + 1, dtype=jnp.float32)
+        ids = jax.random.choice(for_ids, vocabulary, (tokens, 5), p=frequency / frequency.sum())
+        if shuffle:
+            ids = jax.random.permutation(for_order, vocabulary)[ids]
+        e = 8 * c[ids[:, 0]] + 6 * c[ids[:, 1:]].sum(1) + jax.random.normal(for_noise, (tokens, width))
+        return e.astype(jnp.bfloat16), c.astype(jnp.bfloat16), ids[:, 0].astype(jnp.int32)
+
+    return make(key)
+
+
+def exact_gradients(e, c, labels, tokens, frequent, others) -> tuple[Any, Any, Any]:
+    """Gradients of the mean loss in float32: of some tokens' embeddings and of two choices of classifier rows."""
+    import jax
+    import jax.numpy as jnp
+
+    highest = jax.lax.Precision.HIGHEST
+
+    def log_sum_exp(row):
+        return jax.nn.logsumexp(jnp.einsum("d,vd->v", row, c, preferred_element_type=jnp.float32))
+
+    def logits(e, c):
+        return jnp.einsum("nd,vd->nv", e, c, preferred_element_type=jnp.float32)
+
+    @jax.jit
+    def gradients(e, c, labels):
+        lse = jax.lax.map(log_sum_exp, e, batch_size=min(512, e.shape[0]))
+        dz = jnp.exp(logits(e[tokens], c) - lse[tokens][:, None])
+        dz -= jax.nn.one_hot(labels[tokens], c.shape[0])
+        de = jnp.einsum("nv,vd->nd", dz, c.astype(jnp.float32), precision=highest)
+
+        def of_classifier(entries):
+            dz = jnp.exp(logits(e, c[entries]) - lse[:, None]) - (labels[:, None] == entries[None, :])
+            return jnp.einsum("nv,nd->vd", dz, e.astype(jnp.float32), precision=highest)
+
+        return jax.tree.map(lambda x: x / e.shape[0], (de, of_classifier(frequent), of_classifier(others)))
+
+    return gradients(e, c, labels)
+
+
+def _facts(chosen, exact, program: Program, out) -> dict:
+    """The loss and, where there is something to compare with, the gradients' errors in roundings to bfloat16."""
+    import jax.numpy as jnp
+
+    if program.kind == "forward":
+        return {"loss": float(out)}
+    loss, (de, dc) = out
+    if exact is None:
+        return {"loss": float(loss)}
+    dc = dc.T if program.row == "tokamax" else dc
+    errors = []
+    for gradient, index, reference in zip((de, dc, dc), chosen, exact, strict=True):
+        rounding = jnp.linalg.norm(reference.astype(jnp.bfloat16).astype(jnp.float32) - reference)
+        errors.append(float(jnp.linalg.norm(gradient[index].astype(jnp.float32) - reference) / rounding))
+    return {"loss": float(loss), "error": errors}
+
+
+def _programs(row: str, e, c, labels) -> list[Program]:
+    """The forward pass and the gradients of one row."""
+    import jax
+
+    leaves_out = row in OURS and row != "chunked"
+    functions = {kind: _loss(row, **options) for kind, options in PRESETS.items() if leaves_out or kind == "exact"}
+    if row == "tokamax":
+        c = c.T.copy()  # its layout is [D, V]
+
+    def build(function):
+        compiled = jax.jit(function).lower(e, c, labels).compile()
+        memory = compiled.memory_analysis()
+        return lambda: compiled(e, c, labels), (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 2**20
+
+    gradients = {kind: jax.value_and_grad(function, (0, 1)) for kind, function in functions.items()}
+    return [
+        Program(row, kind, functools.partial(build, function))
+        for kind, function in {"forward": functions["exact"], **gradients}.items()
+    ]
+
+
+def _loss(row: str, **options: Any) -> Callable[[Any, Any, Any], Any]:
+    """The mean loss of (embeddings, classifier, labels)."""
+    import jax.numpy as jnp
+
+    if row == "tokamax":
+        import tokamax
+
+        return lambda e, c, labels: tokamax.linear_softmax_cross_entropy_loss(
+            e, labels, c, reduction="mean", implementation="chunked_xla"
+        )
+    if row == "xla":
+        import optax
+
+        def materialised(e, c, labels):
+            logits = jnp.einsum("nd,vd->nv", e, c, preferred_element_type=jnp.float32)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        return materialised
+    from pallas_kernels.linear_cross_entropy import linear_cross_entropy
+
+    return functools.partial(linear_cross_entropy, implementation=row, **options)
+
+
+def _product_rate(size: int) -> float:
+    """FLOP/s of a chain of square bf16 matrix products."""
+    import jax
+    import jax.numpy as jnp
+
+    a, b = (jax.random.normal(key, (size, size), jnp.bfloat16) for key in jax.random.split(jax.random.key(0)))
+
+    @jax.jit
+    def chain(a, b):
+        return jax.lax.fori_loop(0, 10, lambda i, x: (x @ b) * jnp.bfloat16(size**-0.5), a)
+
+    times = milliseconds(lambda: chain(a, b), jax.block_until_ready, 5)
+    return 10 * 2 * size**3 / (1e-3 * statistics.median(times))

@@ -1,0 +1,190 @@
+"""What the Hopper kernels of this package share: a pipeline over tiles of the logits, and layouts.
+
+A tile is [128 tokens, 256 vocabulary entries]. A memory warpgroup streams embeddings and classifier through shared
+memory, two compute warpgroups multiply 64 tokens each and go on with the products in their registers.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.linear_cross_entropy.reference import Spec
+
+ROWS, COLUMNS = 128, 256  # of a tile of logits
+_DEPTH = 64  # of the embedding width, in one stage of the pipeline
+_STAGES = 4
+_LEAD = 2  # steps by which the first compute warpgroup is ahead: while one reduces its tile, the other multiplies
+_BANDS_TOGETHER = 16  # bands of rows at work at a time: what they read stays in the L2 cache
+MULTIPROCESSORS = 132
+LOG2E = math.log2(math.e)
+LOWEST = -1e30  # the logit of a vocabulary entry that does not exist
+_BEFORE_0_11 = jax.__version_info__ < (0, 11)
+TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
+
+
+def run(spec, named, tile_at, count, compute, e_s, c_s, full, empty, lead):
+    """Runs ``compute(group, tile_logits)`` in both compute warpgroups while the third feeds them ``count`` tiles.
+
+    ``tile_at(t)`` is the (band of rows, block of columns) of the t-th tile; ``tile_logits(t)`` its products [64, 256].
+    """
+    e_g, c_g, layout = named["e_g"], named["c_g"], spec.classifier_layout
+    steps = pl.cdiv(e_g.shape[1], _DEPTH)
+    group = lax.axis_index("group")
+
+    @pl.when(group == 2)
+    def _():
+        plgpu.set_max_registers(40, action="decrease")
+
+        def load_tile(t, _):
+            band, column = tile_at(t)
+            rows, columns = pl.ds(band * ROWS, ROWS), pl.ds(column * COLUMNS, COLUMNS)
+
+            def load(k, _):
+                step = t * steps + k
+                slot = lax.rem(step, _STAGES)
+
+                @pl.when(step >= _STAGES)
+                def _():
+                    plgpu.barrier_wait(empty.at[slot])
+
+                depth = pl.ds(k * _DEPTH, _DEPTH)
+                plgpu.copy_gmem_to_smem(e_g.at[rows, depth], e_s.at[slot], full.at[slot])
+                part = c_g.at[columns, depth] if layout == "vd" else c_g.at[depth, columns]
+                plgpu.copy_gmem_to_smem(part, c_s.at[slot], full.at[slot])
+
+            lax.fori_loop(0, steps, load, None)
+
+        lax.fori_loop(0, count, load_tile, None)
+
+    @pl.when(group < 2)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+
+        def tile_logits(t):
+            def multiply(acc):
+                def step(k, _):
+                    slot = lax.rem(t * steps + k, _STAGES)
+                    plgpu.barrier_wait(full.at[slot])
+                    c_tile = c_s.at[slot]
+                    if layout == "vd":
+                        c_tile = plgpu.transpose_ref(c_tile, (1, 0)) if _BEFORE_0_11 else c_tile.T
+                    plgpu.wgmma(acc, e_s.at[slot, pl.ds(group * (ROWS // 2), ROWS // 2)], c_tile)
+                    plgpu.wgmma_wait(1)
+
+                    @pl.when((group == 0) & (t * steps + k == jnp.minimum(max(_LEAD, 1), count * steps) - 1))
+                    def _():
+                        plgpu.barrier_arrive(lead)
+
+                    @pl.when(k > 0)
+                    def _():
+                        plgpu.barrier_arrive(empty.at[lax.rem(t * steps + k - 1, _STAGES)])
+
+                lax.fori_loop(0, steps, step, None)
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(empty.at[lax.rem(t * steps + steps - 1, _STAGES)])
+                return plgpu.layout_cast(acc[...], plgpu.Layout.WGMMA)
+
+            return pl.run_scoped(multiply, plgpu.ACC((ROWS // 2, COLUMNS), jnp.float32))
+
+        @pl.when((group == 1) & (count > 0))
+        def _():
+            plgpu.barrier_wait(lead)
+
+        compute(group, tile_logits)
+
+
+def pipeline(spec: Spec) -> dict[str, Any]:
+    c_shape = (COLUMNS, _DEPTH) if spec.classifier_layout == "vd" else (_DEPTH, COLUMNS)
+    return {
+        "e_s": plgpu.SMEM((_STAGES, ROWS, _DEPTH), spec.operand_dtype, transforms=TRANSFORMS),
+        "c_s": plgpu.SMEM((_STAGES, *c_shape), spec.operand_dtype, transforms=TRANSFORMS),
+        "full": plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
+        "empty": plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
+        "lead": plgpu.Barrier(num_arrivals=1),
+    }
+
+
+def kernel(body, outputs, scratch, blocks):
+    return plgpu.kernel(
+        body,
+        out_type=outputs,
+        scratch_types=scratch,
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=3,
+        thread_name="group",
+        compiler_params=PARAMS,
+    )
+
+
+def splits(bands: int, columns: int) -> int:
+    """Into how many parts the vocabulary is split, so that whole waves of thread blocks have the same work."""
+    return min(columns, max(math.lcm(bands, MULTIPROCESSORS) // bands, 1))
+
+
+def grouped(index, bands, others):
+    """The (band, other) of a block or tile: ``_BANDS_TOGETHER`` bands take turns before the next ``other`` starts."""
+    group = index // (_BANDS_TOGETHER * others)
+    rest = index - group * (_BANDS_TOGETHER * others)
+    together = jnp.minimum(_BANDS_TOGETHER, bands - group * _BANDS_TOGETHER)
+    return group * _BANDS_TOGETHER + lax.rem(rest, together), rest // together
+
+
+def operands(spec, e, c):
+    """The kernels' arguments. What the copy engine cannot tile (a width of 100, say) is padded, that is, copied."""
+    c_tile = (8, _DEPTH) if spec.classifier_layout == "vd" else (_DEPTH, _DEPTH)
+    return [padded(x.astype(spec.operand_dtype), tile) for x, tile in ((e, (8, _DEPTH)), (c, c_tile))]
+
+
+def padded(x, multiples):
+    return jnp.pad(x, [(0, -size % multiple) for size, multiple in zip(x.shape, multiples, strict=True)])
+
+
+def finished(spec, z, b_g, start):
+    """The logits of the vocabulary entries from ``start``, from their products."""
+    if b_g is not None:
+        bias = _load(b_g.at[pl.ds(start, z.shape[1])], plgpu.Layout.WGMMA.reduce(0))
+        z += lax.broadcast_in_dim(bias, z.shape, [1])
+    if spec.softcap is None:
+        return z
+    # tanh from one exponential: the approximate tanh instruction is not accurate enough.
+    return spec.softcap - 2 * spec.softcap / (jnp.exp2(z * (2 * LOG2E / spec.softcap)) + 1)
+
+
+def masked(z, start, vocabulary, value):
+    """z where the vocabulary has an entry, ``value`` beyond it; ``start`` is the tile's first."""
+    if vocabulary % COLUMNS == 0:
+        return z
+    column = plgpu.broadcasted_iota(jnp.int32, z.shape, 1, layout=plgpu.Layout.WGMMA)
+    return jnp.where(column + start < vocabulary, z, value)
+
+
+def rows(ref):
+    """Values per row of a tile, in the layout of its row reductions."""
+    return _load(ref, plgpu.Layout.WGMMA.reduce(1))
+
+
+def _load(ref, layout):
+    index = ((),) if _BEFORE_0_11 else ()
+    return plgpu.load(ref, *index, layout=layout, optimized=False)
+
+
+def store(ref, value):
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
+def across(x, tile):
+    return lax.broadcast_in_dim(x, tile.shape, [0])
+
+
+def row_vector(value):
+    return plgpu.layout_cast(jnp.full((ROWS // 2,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))

@@ -1,0 +1,263 @@
+"""The Hopper kernels of the linear cross-entropy: interpreted here, compiled ahead of time, and run on a GPU."""
+
+import contextlib
+import json
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.linear_cross_entropy import (
+    chunked,
+    inputs,
+    linear_cross_entropy,
+    reference,
+    sample_linear_categorical,
+)
+from pallas_kernels.linear_cross_entropy.noise import Draw, key_words
+from tests.aot import GPU, H200, compile_in_a_process, needs_cuda_plugin
+
+interpreted = pytest.mark.skipif(
+    not hasattr(plgpu, "force_gpu_interpret_mode"), reason="the Mosaic GPU interpreter came with JAX 0.11"
+)
+
+
+@contextlib.contextmanager
+def interpreter():
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        yield
+
+
+def problem(tokens, vocabulary, width, layout="vd", bias=False, peak=2.0, dtype=jnp.bfloat16, **options):
+    """(spec, operands, labels, cotangents): logits of deviation ``peak``, the first label is of no class."""
+    rng = np.random.default_rng(0)
+    e = jnp.asarray(rng.normal(size=(tokens, width)), dtype)
+    c = jnp.asarray(rng.normal(size=(vocabulary, width)) * peak / np.sqrt(width), dtype)
+    labels = jnp.asarray(rng.integers(0, vocabulary, tokens), jnp.int32).at[:1].set(-1)
+    b = jnp.asarray(rng.normal(size=vocabulary), jnp.float32) if bias else None
+    c = c if layout == "vd" else c.T
+    softcap = options.pop("softcap", None)
+    spec = inputs.spec("mosaic_gpu", (e, c, b), layout, softcap, None, **options)
+    g, h = jnp.asarray(rng.random(tokens), jnp.float32), jnp.asarray(0.1 * rng.normal(size=tokens), jnp.float32)
+    return spec, (e, c, b), labels, (g, h)
+
+
+def check_gradients(got, spec, operands, labels, cotangents, excess=0.0):
+    """Within the rounding of the logits' gradient to the operands' dtype, as XLA's own form of the same products.
+
+    The bias gradient is a sum of those rounded values here, and of unrounded ones there: half a unit in the last place.
+    """
+    want_spec = spec._replace(implementation="chunked")
+    lse = reference.forward(spec, *operands, labels)[1]
+    wide = [None if x is None else x.astype(jnp.float32) for x in operands]
+    exact_spec = want_spec._replace(dtypes=tuple(None if x is None else x.dtype for x in wide))
+    plain = chunked.backward(want_spec, *operands, labels, lse, *cotangents, jnp.float32(1))
+    exact = chunked.backward(exact_spec, *wide, labels, lse, *cotangents, jnp.float32(1))
+    allowances = (excess, excess, excess + jnp.finfo(spec.operand_dtype).eps / 2)
+    for ours, same, truth, x, allowance in zip(got, plain, exact, operands, allowances, strict=True):
+        if x is None:
+            continue
+        truth = truth.astype(jnp.float32)
+        error = jnp.abs(ours.astype(x.dtype).astype(jnp.float32) - truth).max()
+        plain_error = jnp.abs(same.astype(x.dtype).astype(jnp.float32) - truth).max()
+        assert error <= 1.5 * plain_error + (allowance + 1e-6) * jnp.abs(truth).max()
+
+
+CASES = {
+    "tiles": (128, 512, 128, {}),
+    "ragged_all": (130, 520, 72, {"bias": True, "softcap": 3.0, "label_smoothing": 0.1}),
+    "dv": (64, 264, 64, {"layout": "dv", "label_smoothing": 0.1}),
+    "one": (1, 1, 1, {}),
+    "float16": (7, 300, 24, {"dtype": jnp.float16, "softcap": 3.0}),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("case", CASES)
+def test_interpreted_kernels_equal_the_reference(case):
+    """Sums in float32 in another order: 1e-5 for the forward pass, of logits of order 5; races raise."""
+    from pallas_kernels.linear_cross_entropy import mosaic_gpu
+
+    tokens, vocabulary, width, options = CASES[case]
+    spec, operands, labels, cotangents = problem(tokens, vocabulary, width, **options)
+    want = reference.forward(spec, *operands, labels)
+    with interpreter():
+        nll, lse, _ = mosaic_gpu.forward(spec, *operands, labels)
+        got = mosaic_gpu.backward(spec, *operands, labels, lse, *cotangents, jnp.float32(1))
+    np.testing.assert_allclose(nll, want[0], atol=1e-5)
+    np.testing.assert_allclose(lse, want[1], atol=1e-5)
+    check_gradients(got, spec, operands, labels, cotangents)
+
+
+@interpreted
+def test_interpreted_kernel_draws_the_labels_of_the_reference():
+    """The same noise, so the same labels but for ties within rounding, of which this seed has none."""
+    from pallas_kernels.linear_cross_entropy import mosaic_gpu
+
+    spec, operands, _, _ = problem(20, 300, 24)
+    draw = Draw(key_words(jax.random.key(3)), jnp.arange(7, 27, dtype=jnp.uint32))
+    want = reference.forward(spec, *operands, draw)
+    with interpreter():
+        nll, lse, labels = mosaic_gpu.forward(spec, *operands, draw)
+    np.testing.assert_array_equal(labels, want[2])
+    np.testing.assert_allclose(nll, want[0], atol=1e-5)
+    np.testing.assert_allclose(lse, want[1], atol=1e-5)
+
+
+@interpreted
+def test_no_tokens():
+    from pallas_kernels.linear_cross_entropy import mosaic_gpu
+
+    spec, operands, labels, cotangents = problem(0, 300, 24, filter_eps="auto")
+    (nll, lse, _), saved = mosaic_gpu.forward_saving(spec, *operands, labels)
+    assert nll.shape == lse.shape == (0,)
+    de, dc, _ = mosaic_gpu.backward(spec, *operands, labels, lse, *cotangents, jnp.float32(1), *saved)
+    assert de.shape == (0, 24) and not dc.any()
+
+
+FILTERED = {
+    "peaked": (20, 300, 24, {"peak": 4.0}),
+    "z_loss_only": (8, 300, 24, {"peak": 4.0, "h_only": True}),
+    "smoothing": (8, 260, 24, {"label_smoothing": 0.1}),
+    "softcap": (8, 260, 24, {"softcap": 5.0, "peak": 8.0}),
+    "embeddings": (8, 260, 24, {"filter_classifier": False}),
+    "classifier": (8, 260, 24, {"filter_embeddings": False}),
+    "uniform": (8, 260, 24, {"peak": 0.0}),
+    "one_hot": (8, 260, 24, {"peak": 300.0}),
+    "too_many": (2, 600, 24, {"peak": 0.01}),
+}
+
+
+@interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FILTERED)
+def test_interpreted_filter_keeps_its_bound(case, monkeypatch):
+    """Every entry of the logits' gradient moves by less than eps * |g + h|; those that are kept do not move."""
+    from pallas_kernels.linear_cross_entropy import hopper_filter, mosaic_gpu
+
+    monkeypatch.setattr(hopper_filter, "LEAST_VOCABULARY", 0)
+    tokens, vocabulary, width, options = FILTERED[case]
+    h_only = options.get("h_only")
+    # In "too_many" each of the 600 entries of a token is kept, 64 fit: the exact gradients are computed instead.
+    eps = 1e-4 if case == "too_many" else 2.0**-6
+    options = {name: value for name, value in options.items() if name != "h_only"}
+    spec, operands, labels, (g, h) = problem(tokens, vocabulary, width, filter_eps=eps, **options)
+    if h_only:
+        g = jnp.zeros_like(g)
+    with interpreter():
+        (_, lse, _), saved = mosaic_gpu.forward_saving(spec, *operands, labels)
+        de, dc, _ = mosaic_gpu.backward(spec, *operands, labels, lse, g, h, jnp.float32(1), *saved)
+    check_bound(de, dc, spec, operands, labels, lse, g, h, 0.0 if case == "too_many" else eps)
+    if case in ("uniform", "one_hot"):  # nothing that matters is lost
+        check_gradients((de, dc, None), spec, operands, labels, (g, h), excess=2.0**-9)
+
+
+def check_bound(de, dc, spec, operands, labels, lse, g, h, eps):
+    """Each softmax entry below eps may be replaced by another value below it; beside that, rounding to bfloat16."""
+    want = spec._replace(implementation="chunked")
+    exact_e, exact_c, _ = chunked.backward(want, *operands, labels, lse, g, h, jnp.float32(1))
+    e, c, _ = (None if x is None else np.asarray(x.astype(jnp.float32)) for x in operands)
+    p = np.exp(np.asarray(reference.logits(spec, *operands)) - np.asarray(lse)[:, None])
+    out = (p < eps * 1.01) & (np.arange(p.shape[1]) != np.asarray(labels)[:, None])
+    moved = eps * np.abs(g + h)[:, None] * out
+    rounding = 2.0**-7
+    bound_e = moved @ np.abs(c) * spec.filter_embeddings + rounding * np.abs(exact_e).max()
+    bound_c = moved.T @ np.abs(e) * spec.filter_classifier + rounding * np.abs(exact_c).max()
+    assert (np.abs(de.astype(jnp.float32) - exact_e) <= bound_e).all()
+    assert (np.abs(dc.astype(jnp.float32) - exact_c) <= bound_c).all()
+
+
+COMPILE = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec as P
+from pallas_kernels.linear_cross_entropy import linear_cross_entropy
+
+target, tokens, vocabulary, width, options = sys.argv[1:]
+tokens, vocabulary, width, options = int(tokens), int(vocabulary), int(width), json.loads(options)
+device = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1").devices[0]
+mesh = jax.sharding.Mesh(np.array([device]), ("x",))
+shape = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))
+args = shape((tokens, width), jnp.bfloat16), shape((vocabulary, width), jnp.bfloat16), shape((tokens,), jnp.int32)
+loss = lambda e, c, y: linear_cross_entropy(e, c, y, implementation="mosaic_gpu", **options)
+with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    found = {}
+    for name, function in (("forward", loss), ("both", jax.value_and_grad(loss, (0, 1)))):
+        memory = jax.jit(function).lower(*args).compile().memory_analysis()
+        found[name] = (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 2**20
+print(json.dumps(found))
+"""
+
+
+@needs_cuda_plugin
+@pytest.mark.gpu_aot
+@pytest.mark.parametrize(
+    ("shape", "options", "forward_mib", "both_mib"),
+    [
+        ((8192, 256000, 2304), {}, 4, 1450),
+        ((8192, 256000, 2304), {"filter_eps": "auto"}, 4, 1250),
+        ((1000, 50257, 776), {"softcap": 30.0, "label_smoothing": 0.1, "z_loss": 1e-4}, 80, 400),
+    ],
+    ids=["exact", "filtered", "odd_sizes"],
+)
+def test_compiles_for_hopper_within_its_memory(shape, options, forward_mib, both_mib, record_property):
+    """Beyond the gradients (1161 MiB at the first shape) one slab and the embeddings' gradient in float32."""
+    sizes = [str(size) for size in shape]
+    found = compile_in_a_process(COMPILE, H200, *sizes, json.dumps(options), environment=GPU)
+    record_property("MiB", found)
+    print(found)
+    assert found["forward"] <= forward_mib
+    assert found["both"] <= both_mib
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "z_loss": 0.01}, {"label_smoothing": 0.1}], ids=str)
+@pytest.mark.parametrize("filter_eps", [0.0, 1e-7])
+def test_on_a_gpu_gradients_equal_the_reference(options, filter_eps):
+    """bfloat16 gradients: half a unit in the last place of the largest, 2**-8, and as much from the logits'."""
+    _, (e, c, _), labels, _ = problem(300, 70000, 256)
+    labels = labels.at[0].set(-100)
+
+    def gradients(implementation, e, c, **options):
+        return jax.value_and_grad(
+            lambda e, c: linear_cross_entropy(e, c, labels, implementation=implementation, **options), (0, 1)
+        )(e, c)
+
+    loss, got = gradients("mosaic_gpu", e, c, filter_eps=filter_eps, **options)
+    exact, want = gradients("reference", e.astype(jnp.float32), c.astype(jnp.float32), **options)
+    np.testing.assert_allclose(loss, exact, rtol=1e-5)
+    for ours, truth in zip(got, want, strict=True):
+        assert jnp.abs(ours.astype(jnp.float32) - truth).max() <= 2**-7 * jnp.abs(truth).max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"softcap": 20.0}, {"label_smoothing": 0.1}, {"layout": "dv"}], ids=str)
+def test_on_a_gpu_the_filter_keeps_its_bound(options):
+    from pallas_kernels.linear_cross_entropy import mosaic_gpu
+
+    eps = 2.0**-12
+    spec, operands, labels, (g, h) = problem(300, 70000, 256, peak=6.0, filter_eps=eps, **options)
+    (_, lse, _), saved = mosaic_gpu.forward_saving(spec, *operands, labels)
+    de, dc, _ = mosaic_gpu.backward(spec, *operands, labels, lse, g, h, jnp.float32(1), *saved)
+    check_bound(de, dc, spec, operands, labels, lse, g, h, eps)
+    again = mosaic_gpu.backward(spec, *operands, labels, lse, g, h, jnp.float32(1), *saved)
+    assert (again[0] == de).all() and (again[1] == dc).all()  # every sum has one order
+    exact = chunked.backward(spec, *operands, labels, lse, g, h, jnp.float32(1))
+    assert (np.asarray(dc.astype(jnp.float32)) != np.asarray(exact[1].astype(dc.dtype).astype(jnp.float32))).any()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_labels_are_drawn_as_elsewhere():
+    """Up to rounding of the logits: at most one token in a thousand may differ."""
+    _, (e, c, _), _, _ = problem(4000, 5000, 256)
+    drawn = [sample_linear_categorical(jax.random.key(1), e, c, implementation=i) for i in ("mosaic_gpu", "chunked")]
+    assert (drawn[0] != drawn[1]).mean() <= 1e-3
+
+
+def test_elsewhere_it_says_what_it_needs():
+    e, c, labels = jnp.ones((4, 8), jnp.bfloat16), jnp.ones((16, 8), jnp.bfloat16), jnp.zeros(4, jnp.int32)
+    with pytest.raises(NotImplementedError, match="needs an NVIDIA Hopper GPU"):
+        linear_cross_entropy(e, c, labels, implementation="mosaic_gpu")
