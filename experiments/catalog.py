@@ -55,6 +55,7 @@ CATALOG: tuple[System, ...] = (
         claim="On digits the friction coefficient settles near 0.5, so diffGrad matches Adam at half the learning rate "
         "within 0.5 points plus one standard error; on the paper's one-dimensional function the two end in different "
         "minima.",
+        state="ready",
     ),
     System(
         name="fira",
@@ -63,6 +64,7 @@ CATALOG: tuple[System, ...] = (
         home="jaxskip/optim/fira.py",
         claim="At rank 4 and equal learning rate Fira's training loss is at most half of GaLore's on every seed, from "
         "an optimizer state of the same low-rank size plus one scalar a matrix.",
+        state="ready",
     ),
     System(
         name="coordinate_clipping",
@@ -71,6 +73,7 @@ CATALOG: tuple[System, ...] = (
         home="jaxskip/optim/coordinate_clipping.py",
         claim="Clipping the largest 10 % of gradient coordinates cuts the directional sharpness of SGD's step below "
         "0.7 of its value, Adam's step lies below 0.5, and clipping Adam's first moment lowers it further.",
+        state="ready",
     ),
     System(
         name="perpgrad_stablemax",
@@ -79,6 +82,7 @@ CATALOG: tuple[System, ...] = (
         home="jaxskip/optim/perpgrad.py",
         claim="Without weight decay AdamW memorises modular addition and stays at 5 % test accuracy or less while its "
         "softmax collapses in bfloat16; with gradients made orthogonal to the weights it reaches 90 % on every seed.",
+        state="ready",
     ),
     System(
         name="langevin_averaging",
@@ -87,6 +91,7 @@ CATALOG: tuple[System, ...] = (
         home="jaxskip/optim/langevin_averaging.py",
         claim="In tensor PCA the time average of a Langevin chain overlaps the planted direction by at least 0.90 "
         "while the chain itself stays near the equator, and fails (at most 0.7) when the signal is too weak.",
+        state="ready",
     ),
     # Several gradients into one
     System(
@@ -123,6 +128,7 @@ CATALOG: tuple[System, ...] = (
         home="pallas_kernels/linear_cross_entropy",
         claim="Loss and gradient agree with materialised logits within 1e-5 in less than 5 % of their temporary "
         "memory, and sorting the vocabulary makes the filter skip more blocks.",
+        state="ready",
     ),
     System(
         name="basic_scaling",
@@ -255,6 +261,7 @@ CATALOG: tuple[System, ...] = (
         home="jaxskip/training/adaptive_batch.py",
         claim="Growing the batch by the norm test needs at most 3 % of the steps of batch 8 at equal samples, with "
         "test accuracy within 3 points of it and no worse than batch 1024.",
+        state="ready",
     ),
     System(
         name="gradient_boosted_training",

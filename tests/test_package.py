@@ -30,7 +30,7 @@ def test_subpackages_load_on_demand():
         jaxskip.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("module", ["optim", "losses", "models", "data", "training"])
+@pytest.mark.parametrize("module", ["analysis", "optim", "losses", "models", "data", "training"])
 def test_no_subpackage_starts_a_device(module):
     program = f"import jaxskip.{module}; from jax._src import xla_bridge; print(xla_bridge.backends_are_initialized())"
     assert run(program) == "False\n"

@@ -1,5 +1,7 @@
 """StableMax: a softmax that grows linearly, so that its cross-entropy does not round to zero (arXiv 2501.04697)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
@@ -123,10 +125,7 @@ def cross_entropy_in_dtype(logits: ArrayLike, labels: ArrayLike, dtype: DTypeLik
 
 
 def rounded_exponential_sums(logits: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
-    """z - max z [..., V] and sum exp(z - max z) [..., 1], rounded to ``dtype`` but held in a wider one.
-
-    The sum itself is accumulated in float32 and then rounded, as the reductions of accelerators are.
-    """
+    """z - max z [..., V] and sum exp(z - max z) [..., 1], computed in ``dtype`` but held in float32 or wider."""
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype={dtype}; it must be a floating-point type")
@@ -135,7 +134,21 @@ def rounded_exponential_sums(logits: jax.Array, dtype: DTypeLike) -> tuple[jax.A
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.promote_types(dtype, jnp.float32)))
     logits = round_to(logits, dtype)
     shifted = round_to(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)), dtype)
-    return shifted, round_to(round_to(jnp.exp(shifted), dtype).sum(-1, keepdims=True), dtype)
+    return shifted, _sum_in(round_to(jnp.exp(shifted), dtype), dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _sum_in(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Sum over the last axis, kept, with every addition rounded to ``dtype``; XLA's own would use float32 inside."""
+    if x.dtype == dtype:
+        return x.sum(-1, keepdims=True)
+    total = jax.lax.reduce(x, jnp.zeros((), x.dtype), lambda a, b: round_to(a + b, dtype), (x.ndim - 1,))
+    return total[..., None]
+
+
+@_sum_in.defjvp
+def _sum_in_jvp(dtype, primals, tangents):
+    return _sum_in(*primals, dtype), tangents[0].sum(-1, keepdims=True)
 
 
 def round_to(x: jax.Array, dtype: DTypeLike) -> jax.Array:

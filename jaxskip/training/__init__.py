@@ -1,5 +1,20 @@
 """The training loop, its compiled steps, the mesh, checkpoints and logging."""
 
+from jaxskip.training.adaptive_batch import (
+    AdaptiveBatch,
+    AdaptiveBatchState,
+    BatchTest,
+    BucketPrograms,
+    CoordinateTest,
+    GradStats,
+    InnerProductTest,
+    LeafTest,
+    NormTest,
+    epoch_rows,
+    gradient_stats,
+    rebatch,
+    total_variance,
+)
 from jaxskip.training.checkpoints import CheckpointError, Checkpoints
 from jaxskip.training.language_model import (
     evaluate_next_token,
@@ -29,17 +44,28 @@ from jaxskip.training.step import (
 
 __all__ = [
     "OPTIMIZERS",
+    "AdaptiveBatch",
+    "AdaptiveBatchState",
+    "BatchTest",
+    "BucketPrograms",
     "CheckpointError",
     "Checkpoints",
+    "CoordinateTest",
+    "GradStats",
+    "InnerProductTest",
+    "LeafTest",
     "LossMonitor",
     "MetricsLog",
+    "NormTest",
     "Progress",
     "TrainState",
     "abstract_state",
     "check_batch_size",
+    "epoch_rows",
     "evaluate_next_token",
     "fit",
     "gauss_newton_curvature",
+    "gradient_stats",
     "hutchinson_curvature",
     "init_state",
     "make_hessian_refresh",
@@ -50,8 +76,10 @@ __all__ = [
     "optimizer_state_shardings",
     "param_shardings",
     "read_metrics",
+    "rebatch",
     "replicated",
     "shard_batch",
+    "total_variance",
     "warmup_cosine",
     "with_hessian_refresh",
 ]

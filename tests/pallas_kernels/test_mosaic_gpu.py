@@ -199,7 +199,7 @@ print(json.dumps(found))
     [
         ((8192, 256000, 2304), {}, 4, 1450),
         ((8192, 256000, 2304), {"filter_eps": "auto"}, 4, 1250),
-        ((1000, 50257, 776), {"softcap": 30.0, "label_smoothing": 0.1, "z_loss": 1e-4}, 80, 400),
+        ((1000, 50257, 776), {"softcap": 30.0, "label_smoothing": 0.1, "z_loss": 1e-4}, 90, 400),
     ],
     ids=["exact", "filtered", "odd_sizes"],
 )
