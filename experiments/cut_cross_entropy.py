@@ -483,14 +483,18 @@ def blocks_kept(models: dict[str, tuple[Any, Any, Any]], eps: float) -> tuple[Ta
     rows, blocks = [], {}
     for model, (e, c, labels) in models.items():
         z = jnp.einsum("nd,dv->nv", e[:512], c, preferred_element_type=jnp.float32)
-        large = np.asarray(jnp.abs(jax.nn.softmax(z) - jax.nn.one_hot(labels[:512], c.shape[1])) >= eps)
+        p, hit = jax.nn.softmax(z), jax.nn.one_hot(labels[:512], c.shape[1])
+        large = np.asarray(jnp.abs(p - hit) >= eps)
+        left_out = float(jnp.where((p < eps) & (hit == 0), p, 0).sum(-1).mean())
         blocks = {
             "token id": block_any(large),
             "random order": block_any(large[:, np.random.default_rng(0).permutation(c.shape[1])]),
             "average logit": block_any(large[:, np.argsort(-np.asarray(z.mean(0)), kind="stable")]),
         }
-        rows.append([model, float(large.mean()), *(round(float(kept.mean()), 3) for kept in blocks.values())])
-    table = Table(["logits", "entries kept", *(f"blocks kept, by {order}" for order in blocks)], rows)
+        shares = (round(float(kept.mean()), 3) for kept in blocks.values())
+        rows.append([model, float(large.mean()), round(left_out, 4), *shares])
+    header = ["logits", "entries kept", "probability left out", *(f"blocks kept, by {order}" for order in blocks)]
+    table = Table(header, rows)
     by_id, by_logit = (float(blocks[order].mean()) for order in ("token id", "average logit"))
     claim = Claim(
         "ordering the vocabulary by average logit lets the filter skip more blocks",

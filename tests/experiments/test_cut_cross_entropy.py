@@ -99,7 +99,9 @@ def test_sorting_gathers_what_is_kept():
     e, c, labels = jnp.ones((128, 1)), jnp.full((1, 512), -20.0).at[0, ::128].set(5.0), jnp.zeros(128, int)
     table, claim, blocks = cce.blocks_kept({"model": (e, c, labels)}, 1e-3)
     assert {order: kept.mean() for order, kept in blocks.items()}["average logit"] == 0.25
-    assert table.rows[0][2] == 1.0 and claim.holds
+    name, entries, left_out, by_id, *_ = table.rows[0]
+    assert (name, entries, by_id) == ("model", 4 / 512, 1.0) and claim.holds
+    assert left_out == 0  # 508 entries of e**-25 / 4
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,7 @@ def test_time_averages_of_pure_noise():
 # The averages
 
 
+@pytest.mark.slow
 def test_linear_response():
     """Card test 3: a weak drift moves the mean along the partial trace, twice as far for twice the drift.
 
@@ -179,6 +180,7 @@ def test_thousands_of_chains_over_eight_devices():
 # SGD on one example at a time
 
 
+@pytest.mark.slow
 def test_minibatch_averaging_is_spherical_sgd_under_a_running_average():
     """The scan and the Optax pieces take the same steps when they draw the same examples."""
     problem = single_index_problem(KEY, d=6, n=50, k=3)
