@@ -333,7 +333,7 @@ def refresh_projection(
         )
 
     def renewed(proj, nu, g):
-        return proj if _is_hole(proj) else _basis(g.astype(jnp.float32), nu, proj, projector, signs)
+        return proj if _is_hole(proj) else _bases(g, nu, proj, projector, signs)
 
     def fed(node):
         if not is_state(node):
@@ -478,58 +478,68 @@ def _refresh_when_due(grads, state: FiraState, gap, projector: str, signs: str, 
     proj, nu = treedef.flatten_up_to(state.proj), treedef.flatten_up_to(state.nu)
     places = [i for i, p in enumerate(proj) if not _is_hole(p)]
     old = [proj[i] for i in places]
-    args = [(leaves[i].astype(jnp.float32), nu[i]) for i in places]
-    if not stagger:
-        new = jax.lax.cond(
-            state.count % gap == 0,
-            lambda: [_basis(g, v, p, projector, signs) for (g, v), p in zip(args, old, strict=True)],
-            lambda: old,
-        )
+
+    def renewed(due=None):
+        counts = [math.prod(p.shape[:-2]) for p in old]
+        firsts = [sum(counts[:i]) for i in range(len(counts))]
+        return [
+            _bases(leaves[i], nu[i], p, projector, signs, None if due is None else due(first + jnp.arange(count)))
+            for i, p, first, count in zip(places, old, firsts, counts, strict=True)
+        ]
+
+    if stagger:
+        new = renewed(lambda number: ((state.count + number) % gap == 0) | (state.count == 0))
     else:
-        new, first = [], 0
-        for (g, v), p in zip(args, old, strict=True):
-            number = first + jnp.arange(math.prod(p.shape[:-2]))
-            due = ((state.count + number) % gap == 0) | (state.count == 0)
-            flat = [x.reshape(-1, *x.shape[-2:]) for x in (g, v, p)]
-
-            def one(layer):
-                due, g, v, p = layer
-                return jax.lax.cond(due, lambda: _basis(g, v, p, projector, signs), lambda: p)
-
-            renewed = jax.lax.map(one, (due, *flat))
-            new.append(renewed.reshape(p.shape))
-            first += number.size
+        new = jax.lax.cond(state.count % gap == 0, renewed, lambda: old)
     for i, p in zip(places, new, strict=True):
         proj[i] = p
     return treedef.unflatten(proj)
 
 
-def _basis(g, nu, old, projector: str, signs: str):
-    """Orthonormal columns [..., side, r] that span the leading directions of g [..., m, n]."""
+def _bases(g, nu, old, projector: str, signs: str, due=None):
+    """P of each matrix of a stack [..., m, n], or only of those that are ``due`` (bools, one a matrix)."""
+    left = nu.shape[-2] == old.shape[-1]
+
+    def one(matrix):
+        g, old, due = matrix
+
+        def basis():
+            return _basis(g.astype(jnp.float32), old, left, projector, signs)
+
+        return basis() if due is None else jax.lax.cond(due, basis, lambda: old)
+
+    if g.ndim == 2:
+        return one((g, old, None if due is None else due[0]))
+    # One after the other: a batch takes the work space of all, and the batched SVD of jaxlib 0.10 waits for itself for
+    # ever when several CPU devices run it.
+    return jax.lax.map(one, (*(x.reshape(-1, *x.shape[-2:]) for x in (g, old)), due)).reshape(old.shape)
+
+
+def _basis(g, old, left: bool, projector: str, signs: str):
+    """Orthonormal columns [side, r] that span the leading directions of g [m, n]."""
     rank = old.shape[-1]
-    left = nu.shape[-2] == rank
     if projector == "svd":
         u, _, vh = jnp.linalg.svd(g, full_matrices=False)
-        q = u[..., :rank] if left else vh.mT[..., :rank]
+        q = u[:, :rank] if left else vh[:rank].T
     else:
-        a = g if left else g.mT
-        a = a / jnp.maximum(jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True), jnp.finfo(jnp.float32).tiny)
+        a = g if left else g.T
+        a = a / jnp.maximum(jnp.max(jnp.abs(a)), jnp.finfo(jnp.float32).tiny)
         if projector == "subspace":
             # P is zero before the first refresh; a fixed random start is almost surely orthogonal to nothing.
-            start = jax.random.normal(jax.random.key(0), old.shape[-2:])
-            q = jnp.where(jnp.any(old != 0, axis=(-2, -1), keepdims=True), old, start)
+            start = jax.random.normal(jax.random.key(0), old.shape)
+            q = jnp.where(jnp.any(old != 0), old, start)
             for _ in range(2):
-                q = jnp.linalg.qr(_matmul(a, _matmul(a.mT, q)))[0]
+                q = jnp.linalg.qr(_matmul(a, _matmul(a.T, q)))[0]
         elif a.shape[-2] <= a.shape[-1]:
-            q = jnp.linalg.eigh(_matmul(a, a.mT))[1][..., ::-1][..., :rank]
+            q = jnp.linalg.eigh(_matmul(a, a.T))[1][:, ::-1][:, :rank]
         else:
-            v = jnp.linalg.eigh(_matmul(a.mT, a))[1][..., ::-1][..., :rank]
+            v = jnp.linalg.eigh(_matmul(a.T, a))[1][:, ::-1][:, :rank]
             q = jnp.linalg.qr(_matmul(a, v))[0]
     if signs != "none":
-        largest = jnp.take_along_axis(q, jnp.argmax(jnp.abs(q), axis=-2, keepdims=True), axis=-2)
+        largest = jnp.take_along_axis(q, jnp.argmax(jnp.abs(q), axis=0, keepdims=True), axis=0)
         q = jnp.where(largest < 0, -q, q)
     if signs == "align":
-        q = jnp.where(jnp.sum(q * old, axis=-2, keepdims=True) < 0, -q, q)
+        q = jnp.where(jnp.sum(q * old, axis=0, keepdims=True) < 0, -q, q)
     return q
 
 

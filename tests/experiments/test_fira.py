@@ -25,6 +25,32 @@ def test_the_rules_differ_where_they_should():
     assert all(make() is not None for make in rules.values())
 
 
+@pytest.mark.slow
+def test_a_llama_on_a_mesh(tmp_path, monkeypatch):
+    """The `paper` preset's path with a tiny network: parameters and moments split, a checkpoint, a perplexity."""
+    monkeypatch.setitem(fira.LLAMA, "llama-60m", (32, 48, 2, 2))
+    monkeypatch.setattr(fira, "state_megabytes", lambda model, rank: {"Adam": 4, "GaLore": 1, "Fira": 2, "matrices": 1})
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 2000)
+    config = dataclasses.replace(
+        fira.PRESETS["paper"],
+        data=str(text),
+        rank=4,
+        update_proj_gap=2,
+        steps=6,
+        warmup=1,
+        batch_size=8,
+        context_length=16,
+        eval_batches=1,
+        mesh=(2, 2, 2),
+        dtype="float32",
+    )
+    report = fira.main(config, cli.Run(tmp_path / "run", False, "paper"))
+    losses = {row[0]: row[1] for row in report.tables["rules"].rows}
+    assert set(losses) == {"Adam", "GaLore", "Fira"} and all(0 < loss < 5.6 for loss in losses.values())
+    assert losses["Fira"] != losses["GaLore"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
