@@ -22,6 +22,20 @@ REMAT_POLICIES = {
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretch of rotary positions (``rope_type`` "llama3" in Hugging Face's files).
+
+    Rotations slower than `low_freq_factor` turns per original context are slowed down by `factor`, those faster than
+    `high_freq_factor` stay, and what lies between is interpolated.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context_length: int
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Shape and style of a decoder. Hashable, so it may be a static argument.
 
@@ -34,8 +48,12 @@ class DecoderConfig:
       mlp_dim: F; None means 4 D.
       position: "learned" (GPT-2) or "rotary" (Llama, halves rotated as in Hugging Face's implementation).
       norm: "layernorm" or "rmsnorm".
+      rope_theta, rope_scaling: base of the rotary frequencies, and their stretch to long contexts.
       activation: "gelu" (tanh form, one matrix up) or "swiglu" (gate and up).
       use_bias: biases in projections and LayerNorm; Sophia's and nanoGPT's pre-training set-ups have none.
+      qkv_bias: biases of query, key and value alone (Qwen2 has them and no others); None means `use_bias`.
+      fused: one matrix for query, key and value, [D, G, H / G + 2, K], and one for gate and up, [D, 2, F]: fewer,
+        larger products, for decoding (see `fuse_projections`).
       tie_embeddings: the classifier is the token embedding; otherwise a matrix "head" [D, V] of its own.
       scale_attention_by_layer: divide attention logits by (layer index + 1), as the Sophia authors do.
       init_std: standard deviation of all weights; residual projections use init_std / sqrt(2 L).
@@ -57,10 +75,13 @@ class DecoderConfig:
     mlp_dim: int | None = None
     position: Literal["learned", "rotary"] = "learned"
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: float = 1e-5
     activation: Literal["gelu", "swiglu"] = "gelu"
     use_bias: bool = False
+    qkv_bias: bool | None = None
+    fused: bool = False
     tie_embeddings: bool = True
     scale_attention_by_layer: bool = False
     init_std: float = 0.02
@@ -148,21 +169,31 @@ def attention_implementation(config: DecoderConfig) -> Literal["xla", "cudnn"]:
     return "cudnn" if flash else "xla"
 
 
-def rotary_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [..., T, K/2] in float32 of rotary position embedding (arXiv 2104.09864).
+def rotary_tables(
+    positions: jax.Array, head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [..., K/2] in float32 of rotary position embedding (arXiv 2104.09864) at `positions` [...].
 
     >>> cos, sin = rotary_tables(jnp.arange(3), 8, 10_000.0)
     >>> cos.shape, float(sin[0, 0])
     ((3, 4), 0.0)
     """
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is not None:
+        turns = scaling.original_context_length * frequencies / (2 * jnp.pi)
+        share = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        share = jnp.clip(share, 0, 1)
+        frequencies = share * frequencies + (1 - share) * frequencies / scaling.factor
     angles = jnp.multiply.outer(positions.astype(jnp.float32), frequencies)
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def apply_rotary(x_BxTxHxK: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate the first half of each head against the second, in float32; the dtype is kept."""
-    cos, sin = (table[None, :, None, :] for table in tables)
+    """Rotate the first half of each head against the second, in float32; the dtype is kept.
+
+    `tables` as `rotary_tables` gives them for positions [B, T] or [1, T].
+    """
+    cos, sin = (table[:, :, None, :] for table in tables)
     first, second = jnp.split(x_BxTxHxK.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BxTxHxK.dtype)
@@ -170,22 +201,21 @@ def apply_rotary(x_BxTxHxK: jax.Array, tables: tuple[jax.Array, jax.Array]) -> j
 
 # Norms and activations are recomputed in the backward pass whatever `remat` says: from their 16-bit input, which is
 # kept anyway, instead of from float32 intermediates that would have to be written and read.
-def _norm(config: DecoderConfig, name: str) -> nn.Module:
+def _norm(config: DecoderConfig, name: str | None = None) -> nn.Module:
     style = {"epsilon": config.norm_eps, "dtype": config.dtype, "param_dtype": config.param_dtype, "name": name}
     if config.norm == "rmsnorm":
         return nn.remat(nn.RMSNorm)(**style)
     return nn.remat(nn.LayerNorm)(use_bias=config.use_bias, **style)
 
 
-def _projection(config: DecoderConfig, features: int, name: str, *, residual: bool = False) -> nn.Dense:
+def _projection(config: DecoderConfig, features, *, residual: bool = False, use_bias: bool | None = None):
     std = config.init_std / (2 * config.num_layers) ** 0.5 if residual else config.init_std
-    return nn.Dense(
+    return (nn.Dense if isinstance(features, int) else nn.DenseGeneral)(
         features,
-        use_bias=config.use_bias,
+        use_bias=config.use_bias if use_bias is None else use_bias,
         dtype=config.dtype,
         param_dtype=config.param_dtype,
         kernel_init=nn.initializers.normal(std),
-        name=name,
     )
 
 
@@ -200,23 +230,37 @@ def _swiglu(gate, up):
 
 
 class Attention(nn.Module):
-    """Causal self-attention [B, T, D] -> [B, T, D] with grouped key/value heads."""
+    """Projections of self-attention with grouped key/value heads: into heads, and out of them."""
 
     config: DecoderConfig
 
-    @nn.compact
-    def __call__(self, x_BxTxD, layer_scale, rotary):
+    def setup(self):
         c = self.config
-        heads = (*x_BxTxD.shape[:2], -1, c.head_width)
-        q = _projection(c, c.num_heads * c.head_width, "query")(x_BxTxD).reshape(heads)
-        k = _projection(c, c.kv_heads * c.head_width, "key")(x_BxTxD).reshape(heads)
-        v = _projection(c, c.kv_heads * c.head_width, "value")(x_BxTxD).reshape(heads)
+        if c.fused:
+            self.qkv = _projection(c, (c.kv_heads, c.num_heads // c.kv_heads + 2, c.head_width), use_bias=c.qkv_bias)
+        else:
+            self.query = _projection(c, c.num_heads * c.head_width, use_bias=c.qkv_bias)
+            self.key = _projection(c, c.kv_heads * c.head_width, use_bias=c.qkv_bias)
+            self.value = _projection(c, c.kv_heads * c.head_width, use_bias=c.qkv_bias)
+        self.out = _projection(c, c.embed_dim, residual=True)
+
+    def heads(self, x_BxTxD, layer_scale, rotary):
+        """Queries [B, T, H, K], keys and values [B, T, G, K], positions applied."""
+        c = self.config
+        shape = (*x_BxTxD.shape[:2], -1, c.head_width)
+        if c.fused:
+            qkv = self.qkv(x_BxTxD)
+            q, k, v = (x.reshape(shape) for x in jnp.split(qkv, (qkv.shape[3] - 2, qkv.shape[3] - 1), axis=3))
+        else:
+            q, k, v = (project(x_BxTxD).reshape(shape) for project in (self.query, self.key, self.value))
         if rotary is not None:
             q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         if c.scale_attention_by_layer:
             q = q * layer_scale.astype(q.dtype)
-        out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=attention_implementation(c))
-        return _projection(c, c.embed_dim, "out", residual=True)(out.reshape(*x_BxTxD.shape[:2], -1))
+        return q, k, v
+
+    def __call__(self, out_BxTxHxK):
+        return self.out(out_BxTxHxK.reshape(*out_BxTxHxK.shape[:2], -1))
 
 
 class FeedForward(nn.Module):
@@ -224,28 +268,64 @@ class FeedForward(nn.Module):
 
     config: DecoderConfig
 
-    @nn.compact
+    def setup(self):
+        c = self.config
+        if c.activation == "swiglu" and c.fused:
+            self.gate_up = _projection(c, (2, c.mlp_width))
+        else:
+            self.up = _projection(c, c.mlp_width)
+            if c.activation == "swiglu":
+                self.gate = _projection(c, c.mlp_width)
+        self.down = _projection(c, c.embed_dim, residual=True)
+
     def __call__(self, x_BxTxD):
         c = self.config
-        hidden = _projection(c, c.mlp_width, "up")(x_BxTxD)
-        if c.activation == "swiglu":
-            hidden = _swiglu(_projection(c, c.mlp_width, "gate")(x_BxTxD), hidden)
+        if c.activation == "gelu":
+            hidden = _gelu(self.up(x_BxTxD))
+        elif c.fused:
+            hidden = _swiglu(*jnp.unstack(self.gate_up(x_BxTxD), axis=2))
         else:
-            hidden = _gelu(hidden)
-        return _projection(c, c.embed_dim, "down", residual=True)(hidden)
+            hidden = _swiglu(self.gate(x_BxTxD), self.up(x_BxTxD))
+        return self.down(hidden)
 
 
 class Block(nn.Module):
-    """Pre-norm layer; returns (hidden states [B, T, D], None) as a scan body must."""
+    """Pre-norm layer; returns (hidden states [B, T, D], None) as a scan body must.
+
+    Its parts are methods of their own, so that decoding can put a cache between them or leave one out:
+    `heads`, `attended`, `feed_forward`.
+    """
 
     config: DecoderConfig
 
-    @nn.compact
-    def __call__(self, x_BxTxD, layer_scale, rotary):
+    def setup(self):
         c = self.config
-        x_BxTxD = x_BxTxD + Attention(c, name="attention")(_norm(c, "attention_norm")(x_BxTxD), layer_scale, rotary)
-        x_BxTxD = x_BxTxD + FeedForward(c, name="mlp")(_norm(c, "mlp_norm")(x_BxTxD))
-        return x_BxTxD, None
+        self.attention_norm = _norm(c)
+        self.attention = Attention(c)
+        self.mlp_norm = _norm(c)
+        self.mlp = FeedForward(c)
+
+    def heads(self, x_BxTxD, layer_scale, rotary):
+        """What attention works on: queries [B, T, H, K], keys and values [B, T, G, K]."""
+        return self.attention.heads(self.attention_norm(x_BxTxD), layer_scale, rotary)
+
+    def attended(self, x_BxTxD, out_BxTxHxK):
+        """The residual stream after attention whose heads gave `out`."""
+        return x_BxTxD + self.attention(out_BxTxHxK)
+
+    def feed_forward(self, x_BxTxD):
+        """The residual stream after the feed-forward block."""
+        return x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD))
+
+    def __call__(self, x_BxTxD, layer_scale, rotary):
+        q, k, v = self.heads(x_BxTxD, layer_scale, rotary)
+        return self.feed_forward(self.attended(x_BxTxD, causal_attention(self.config, q, k, v))), None
+
+
+def causal_attention(config: DecoderConfig, q_BxTxHxK, k_BxTxGxK, v_BxTxGxK) -> jax.Array:
+    """Each token over itself and what comes before it; [B, T, H, K]."""
+    implementation = attention_implementation(config)
+    return jax.nn.dot_product_attention(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, is_causal=True, implementation=implementation)
 
 
 class Decoder(nn.Module):
@@ -282,11 +362,9 @@ class Decoder(nn.Module):
         }
         embed = nn.Embed(c.vocab_size, c.embed_dim, name="embed", **table)
         x = embed(tokens_BxT)
-        rotary = None
+        positions = jnp.arange(length)[None]
         if c.position == "learned":
-            x = x + nn.Embed(c.context_length, c.embed_dim, name="positions", **table)(jnp.arange(length))[None]
-        else:
-            rotary = rotary_tables(jnp.arange(length), c.head_width, c.rope_theta)
+            x = x + nn.Embed(c.context_length, c.embed_dim, name="positions", **table)(positions)
 
         block = Block
         if c.remat != "none":
@@ -299,20 +377,47 @@ class Decoder(nn.Module):
             length=c.num_layers,
             unroll=min(c.scan_unroll, c.num_layers),
         )
-        layer_scale = 1.0 / (1.0 + jnp.arange(c.num_layers, dtype=jnp.float32))
-        x, _ = layers(c, name="layers")(x, layer_scale, rotary)
+        x, _ = layers(c, name="layers")(x, layer_scales(c), rotary(c, positions))
         x = _norm(c, "final_norm")(x)
         if return_hidden:
             return x
         if c.tie_embeddings:
-            matrix, layout = embed.embedding, "vd"
-        else:
-            init = nn.initializers.normal(c.init_std)
-            matrix, layout = self.param("head", init, (c.embed_dim, c.vocab_size), c.param_dtype), "dv"
-        # Flattened because the CPU backend of JAX 0.7 lacks the 16-bit product with a float32 result in the 3-D form.
-        rows = x.reshape(-1, c.embed_dim)
-        logits = jnp.einsum(f"nd,{layout}->nv", rows, matrix.astype(c.dtype), preferred_element_type=jnp.float32)
-        return logits.reshape(*tokens_BxT.shape, c.vocab_size)
+            return _logits(x, embed.embedding.astype(c.dtype), "vd")
+        head = self.param("head", nn.initializers.normal(c.init_std), (c.embed_dim, c.vocab_size), c.param_dtype)
+        return _logits(x, head.astype(c.dtype), "dv")
+
+
+def _logits(x_BxTxD, matrix, layout: str) -> jax.Array:
+    # Flattened because the CPU backend of JAX 0.7 lacks the 16-bit product with a float32 result in the 3-D form.
+    rows = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
+    logits = jnp.einsum(f"nd,{layout}->nv", rows, matrix, preferred_element_type=jnp.float32)
+    return logits.reshape(*x_BxTxD.shape[:2], -1)
+
+
+def embed_tokens(params, config: DecoderConfig, tokens_BxT: jax.Array, positions_BxT: jax.Array) -> jax.Array:
+    """What enters the first layer, [B, T, D] in `config.dtype`, for tokens at these positions."""
+    x = params["embed"]["embedding"][tokens_BxT].astype(config.dtype)
+    if config.position == "learned":
+        x = x + params["positions"]["embedding"][positions_BxT].astype(config.dtype)
+    return x
+
+
+def output_logits(params, config: DecoderConfig, x_BxTxD: jax.Array) -> jax.Array:
+    """Float32 logits [B, T, V] of what leaves the last layer: final norm and classifier."""
+    x_BxTxD = _norm(config).apply({"params": params["final_norm"]}, x_BxTxD)
+    return _logits(x_BxTxD, *classifier(params, config))  # pyright: ignore[reportArgumentType]
+
+
+def rotary(config: DecoderConfig, positions_BxT: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+    """The tables of `rotary_tables` at these positions, or None where positions are learned."""
+    if config.position == "learned":
+        return None
+    return rotary_tables(positions_BxT, config.head_width, config.rope_theta, config.rope_scaling)
+
+
+def layer_scales(config: DecoderConfig) -> jax.Array:
+    """1 / (layer index + 1) [L] in float32, for `scale_attention_by_layer`."""
+    return 1.0 / (1.0 + jnp.arange(config.num_layers, dtype=jnp.float32))
 
 
 def classifier(params, config: DecoderConfig) -> tuple[jax.Array, Literal["vd", "dv"]]:
@@ -331,6 +436,31 @@ def classifier(params, config: DecoderConfig) -> tuple[jax.Array, Literal["vd", 
     return params["head"].astype(config.dtype), "dv"
 
 
+def fuse_projections(params, config: DecoderConfig) -> tuple[Any, DecoderConfig]:
+    """The same network with `config.fused`: one matrix for query, key and value, one for gate and up.
+
+    >>> model = Decoder(decoder_config("gpt2-tiny"))
+    >>> params = model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    >>> fused, config = fuse_projections(params, model.config)
+    >>> fused["layers"]["attention"]["qkv"]["kernel"].shape
+    (2, 64, 2, 3, 32)
+    """
+    if config.fused:
+        return params, config
+    attention, mlp = dict(params["layers"]["attention"]), dict(params["layers"]["mlp"])
+
+    def per_group(x):  # [L, (D,) heads K] -> [L, (D,) G, heads / G, K]
+        return x.reshape(*x.shape[:-1], config.kv_heads, -1, config.head_width)
+
+    parts = [attention.pop(name) for name in ("query", "key", "value")]
+    attention["qkv"] = jax.tree.map(lambda *x: jnp.concatenate([per_group(part) for part in x], axis=-2), *parts)
+    if config.activation == "swiglu":
+        gate, up = mlp.pop("gate"), mlp.pop("up")
+        mlp["gate_up"] = jax.tree.map(lambda *x: jnp.stack(x, axis=-2), gate, up)
+    layers = {**params["layers"], "attention": attention, "mlp": mlp}
+    return {**params, "layers": layers}, dataclasses.replace(config, fused=True)
+
+
 # Parameter path -> how its axes lie on the mesh. Layers are stacked, so the first axis of "layers/..." is L.
 # Columns of what enters a block and rows of what leaves it are split over "tensor": one all-reduce a block.
 PARTITION_RULES = (
@@ -338,6 +468,10 @@ PARTITION_RULES = (
     (r"positions/embedding", P(None, "fsdp")),
     (r"layers/.*/(query|key|value|up|gate)/kernel", P(None, "fsdp", "tensor")),
     (r"layers/.*/(query|key|value|up|gate)/bias", P(None, "tensor")),
+    (r"layers/.*/qkv/kernel", P(None, "fsdp", "tensor")),
+    (r"layers/.*/qkv/bias", P(None, "tensor")),
+    (r"layers/.*/gate_up/kernel", P(None, "fsdp", None, "tensor")),
+    (r"layers/.*/gate_up/bias", P(None, None, "tensor")),
     (r"layers/.*/(out|down)/kernel", P(None, "tensor", "fsdp")),
     (r"layers/.*/(out|down)/bias", P()),
     (r"(layers/.*|final)_norm/(scale|bias)", P()),

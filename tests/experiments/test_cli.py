@@ -1,6 +1,7 @@
 """The command line that all experiments share, driven by an experiment that only counts."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import signal
@@ -393,7 +394,9 @@ def test_full_disk_stops_before_main(script):
 
 
 def test_real_ctrl_c(script, tmp_path):
-    process = subprocess.Popen(**script("--wait"))
+    # A shell's background job ignores SIGINT, and its children inherit that.
+    default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(**script("--wait"), preexec_fn=default)
     while "waiting" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)

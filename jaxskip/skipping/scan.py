@@ -1,0 +1,178 @@
+"""The layers of a decoder, run under a choice of what to leave out, so that what is left out costs nothing.
+
+One rule makes skipping real on every backend: the weights of a layer, and its cache, are indexed *inside* the branch
+that runs it. Weights that a scan slices for its body are read whether a conditional then uses them or not, and
+`jnp.where` on results never saves anything.
+
+Shape letters: B batch, T tokens, D width, H query heads, G key/value heads, K head width, L layers.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxskip.models import decoder
+from jaxskip.skipping import cache as caches
+
+
+def when(wanted, run: Callable, *state):
+    """`run(*state)` where `wanted` holds, else `state` as it is: not executed, not read.
+
+    `wanted` is one boolean for the whole batch: a Python or NumPy bool is decided while tracing, a traced one by
+    `lax.cond`. Under `vmap` over `wanted` both sides would run: reduce it over the batch first.
+    `run` gets and returns the same structure (one array, or a tuple of what it was given).
+
+    >>> float(when(jnp.bool_(False), lambda x: x + 1, jnp.float32(2)))
+    2.0
+    """
+    given = state[0] if len(state) == 1 else state
+    if isinstance(wanted, bool | np.bool_):
+        return run(*state) if wanted else given
+    return jax.lax.cond(wanted, lambda: run(*state), lambda: given)
+
+
+def unstack_layers(params) -> dict[str, Any]:
+    """`params` with a tuple of L layers instead of stacked ones: decoding then unrolls them.
+
+    A step is faster (no slice of a stack stands between a weight and its product) and takes longer to compile.
+
+    >>> params = {"layers": {"w": jnp.ones((3, 2))}, "head": jnp.ones(2)}
+    >>> len(unstack_layers(params)["layers"])
+    3
+    """
+    if isinstance(params["layers"], tuple):
+        return params
+    count = jax.tree.leaves(params["layers"])[0].shape[0]
+    layers = tuple(jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(count))
+    return {**params, "layers": layers}
+
+
+def take_layers(layers, keep: Sequence[int]):
+    """The stacked layers `keep` of a stacked pytree [L, ...], in this order: a smaller network.
+
+    >>> take_layers({"w": jnp.arange(4)}, (0, 3))["w"]
+    Array([0, 3], dtype=int32)
+    """
+    return jax.tree.map(lambda x: x[np.asarray(keep)], layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """What a policy works with while a program is traced: the layers of one decoder at the positions of one step.
+
+    A policy calls `attention` and `feed_forward` for the blocks that it wants, in `over`, which loops over layers, with
+    `when` around what may be left out. `layer` is a Python int where layers are a tuple and a traced int32 where they
+    are stacked; `pick` reads a table by either.
+
+    Attributes:
+      config, params: the decoder.
+      positions: the tokens' places in their sequences, int [B, T].
+      index: which generated token each is, int [B, T]: 1 for the first that decoding feeds back, 0 and less in prompts.
+      real: bool [B, T], False for padding and for sequences that have ended.
+      attend: `(q, k, v, cache, layer) -> (out [B, T, H, K], cache)`.
+    """
+
+    config: decoder.DecoderConfig
+    params: Any
+    positions: jax.Array
+    index: jax.Array
+    real: jax.Array
+    attend: Callable
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_layers
+
+    def over(self, layers: Sequence[int], body: Callable, carry):
+        """`carry, out = body(carry, layer)` for each of `layers`; returns the carry and the outputs stacked."""
+        if not isinstance(self.params["layers"], tuple):
+            return jax.lax.scan(body, carry, jnp.asarray(layers, jnp.int32))
+        outs = []
+        for layer in layers:
+            carry, out = body(carry, layer)
+            outs.append(out)
+        return carry, jax.tree.map(lambda *x: jnp.stack([jnp.asarray(y) for y in x]), *outs)
+
+    def last(self, h_BxTxD):
+        """The state of each sequence's last real token, [B, 1, D]."""
+        last = jnp.sum(self.real, axis=1) - 1
+        return jnp.take_along_axis(h_BxTxD, last[:, None, None], axis=1)
+
+    def pick(self, table, layer):
+        """`table[layer]`; a NumPy scalar, known while tracing, where `layer` is a Python int and `table` NumPy's."""
+        return _pick(table, layer)
+
+    def attention(self, h_BxTxD, cache, layer):
+        """The residual stream after the attention of `layer`, and the cache with its keys and values."""
+        block, params = self._block(layer)
+        scale = decoder.layer_scales(self.config)[layer]
+        tables = decoder.rotary(self.config, self.positions)
+        q, k, v = block.apply(params, h_BxTxD, scale, tables, method="heads")
+        out, cache = self.attend(q, k, v, cache, layer)
+        return block.apply(params, h_BxTxD, out, method="attended"), cache
+
+    def feed_forward(self, h_BxTxD, layer):
+        """The residual stream after the feed-forward block of `layer`."""
+        block, params = self._block(layer)
+        return block.apply(params, h_BxTxD, method="feed_forward")
+
+    def _block(self, layer):
+        layers = self.params["layers"]
+        params = layers[layer] if isinstance(layers, tuple) else jax.tree.map(lambda x: x[layer], layers)
+        return decoder.Block(self.config), {"params": params}
+
+
+def prompt_attention(config, layout: caches.CacheLayout | None):
+    """`Network.attend` for whole sequences from their first token on; writes the layers that own slots.
+
+    With `layout` None nothing is cached.
+    """
+
+    def attend(q, k, v, cache, layer):
+        out = decoder.causal_attention(config, q, k, v)
+        if layout is not None:
+            groups, positions = layout.place(config.num_layers)
+            for group in range(len(layout.groups)):
+                position = _pick(positions, layer)
+                put = lambda old, g=group, p=position: caches.write(old, g, p, k, v, 0)  # noqa: E731
+                cache = when(_pick(groups == group, layer), put, cache)
+        return out, cache
+
+    return attend
+
+
+def cached_attention(config, layout: caches.CacheLayout, lengths_B, prompt_slots, step):
+    """`Network.attend` for one new token a sequence: its key and value go into the cache, then it looks at the cache.
+
+    The prompt of row b lies in slots 0 to lengths[b] - 1; slots up to `prompt_slots` are padding. A group of stride w
+    stores the tokens of steps w, 2 w, ... after them (`step` counts from 1), and attends at these steps only. Only
+    layers that own slots may be asked for.
+    """
+
+    def attend(q, k, v, cache, layer):
+        groups, positions = layout.place(config.num_layers)
+
+        def look(group):
+            count = step // layout.strides[group]
+            position = _pick(positions, layer)
+            new = caches.write(cache, group, position, k, v, prompt_slots + count - 1)
+            keys, values = caches.read(new, group, position)
+            slot = jnp.arange(keys.shape[1])[None]
+            visible = (slot < lengths_B[:, None]) | ((slot >= prompt_slots) & (slot < prompt_slots + count))
+            mask = visible[:, None, None, :]
+            return jax.nn.dot_product_attention(q, keys, values, mask=mask, implementation="xla"), new
+
+        group = _pick(groups, layer) if len(layout.groups) > 1 else 0
+        if isinstance(group, int | np.integer):
+            return look(int(group))
+        return jax.lax.switch(group, [lambda g=g: look(g) for g in range(len(layout.groups))])
+
+    return attend
+
+
+def _pick(table, layer):
+    return table[layer] if isinstance(layer, int) else jnp.asarray(table)[layer]
