@@ -1,11 +1,12 @@
 """The table of all systems: what each one is, where it lives, and what its experiment has to show.
 
 ``python -m experiments.catalog --write-readme`` puts the table into README.md, ``--write-results`` collects the newest
-``default`` runs into experiments/RESULTS.md.
+``default`` runs into experiments/RESULTS.md, leaving out those whose command line changed something in the preset.
 """
 
 import argparse
 import dataclasses
+import importlib
 import pathlib
 from typing import Literal
 
@@ -386,20 +387,30 @@ def with_systems_table(readme: str) -> str:
 
 
 def last_report(name: str, runs: pathlib.Path, preset: str | None = None) -> claims.Report | None:
-    """The newest report of a system (of one preset), or None. Raises ValueError for an unreadable one."""
+    """The newest report of a system, or None. Raises ValueError for an unreadable one.
+
+    With a preset, only runs with exactly its present configuration count, not one for which a flag changed it.
+    """
     folders = [path.parent for path in (runs / name).glob(f"*/{claims.REPORT_FILE}")]
     reports = [report for report in map(claims.Report.load, folders) if preset in (None, report.preset)]
+    if preset is not None and reports:
+        wanted = claims.to_json(importlib.import_module(f"experiments.{name}").PRESETS[preset])
+        reports = [report for report in reports if claims.to_json(report.config) == wanted]
     return max(reports, key=lambda report: report.created, default=None)
 
 
 def _write_results(runs: pathlib.Path) -> None:
-    found = {system.name: last_report(system.name, runs, preset="default") for system in CATALOG}
+    ready = [system.name for system in CATALOG if system.state == "ready"]
+    found = {name: last_report(name, runs, preset="default") for name in ready}
     reports = [report for report in found.values() if report is not None]
     if not reports:
         raise ValueError(f"no default run of any system has a report under {runs}")
     claims.write_atomic(ROOT / "experiments" / "RESULTS.md", claims.results_markdown(reports))
-    missing = [system.name for system in CATALOG if system.state == "ready" and found[system.name] is None]
-    print(f"experiments/RESULTS.md: {len(reports)} of {len(CATALOG)} systems; ready but not run: {missing or 'none'}")
+    missing = [name for name in ready if found[name] is None]
+    print(
+        f"experiments/RESULTS.md: {len(reports)} of {len(CATALOG)} systems; "
+        f"ready but not run with the default configuration: {missing or 'none'}"
+    )
 
 
 def main() -> None:

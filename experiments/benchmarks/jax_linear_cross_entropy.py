@@ -1,14 +1,14 @@
-"""The measuring process of `experiments.benchmarks.linear_cross_entropy`: its JAX rows, and how any row is timed."""
+"""The measuring process of `experiments.benchmarks.linear_cross_entropy`: its JAX rows."""
 
-import dataclasses
 import functools
 import importlib
 import json
-import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
+
+from experiments.benchmarks.measuring import OUT_OF_TIME, Program, emit, in_turns, milliseconds
 
 OURS = ("mosaic_gpu", "mosaic_tpu", "triton", "chunked")  # best first
 # Our gradients: the paper's presets as options of the op.
@@ -17,62 +17,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "kahan_full_c": {"filter_eps": "auto", "filter_classifier": False},
     "exact": {},
 }
-_CHAIN_SECONDS = 0.05
-OUT_OF_TIME = "out of time (--seconds)"
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """One thing to time. ``build`` compiles it and gives (call, MB beyond the inputs or None)."""
-
-    row: str
-    kind: str
-    build: Callable[[], tuple[Callable[[], Any], float | None]]
-
-
-def emit(**event: Any) -> None:
-    print(json.dumps(event), flush=True)
-
-
-def milliseconds(call: Callable[[], Any], wait: Callable[[Any], Any], repeats: int) -> list[float]:
-    """Time of a call in each of ``repeats`` samples; short calls are enqueued several at a time."""
-    wait(call())
-    begin = time.perf_counter()
-    wait(call())
-    chained = max(1, math.ceil(_CHAIN_SECONDS / (time.perf_counter() - begin)))
-    times = []
-    for _ in range(repeats):
-        out, begin = None, time.perf_counter()
-        for _ in range(chained):
-            out = call()
-        wait(out)
-        times.append(1e3 * (time.perf_counter() - begin) / chained)
-    return times
-
-
-def in_turns(
-    task: dict, shape: str, programs: Sequence[Program], wait: Callable, facts: Callable[[Program, Any], dict]
-) -> None:
-    """Build and time each program, then time all of them once more; an event for every time."""
-    done = [tuple(key) for key in task["done"]]
-    calls: dict[tuple[str, str], Callable[[], Any]] = {}
-    for program in programs:
-        name = {"shape": shape, "row": program.row, "kind": program.kind}
-        if tuple(name.values()) in done:
-            continue
-        if time.time() > task["deadline"]:
-            emit(**name, missing=OUT_OF_TIME)
-            continue
-        try:
-            call, mb = program.build()
-            emit(**name, mb=mb, **facts(program, call()), times=milliseconds(call, wait, task["repeats"]))
-        except Exception as error:  # a peer that fails must not take the others' figures along
-            emit(**name, missing=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-            continue
-        calls[program.row, program.kind] = call
-    for (row, kind), call in calls.items():
-        if time.time() < task["deadline"]:
-            emit(shape=shape, row=row, kind=kind, times=milliseconds(call, wait, task["repeats"]))
 
 
 def compared(tokens: int, vocabulary: int) -> tuple[list[int], list[int], list[int]]:

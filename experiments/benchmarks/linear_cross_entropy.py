@@ -12,19 +12,14 @@ The floor is one matrix product of N x V x D, which the forward pass alone needs
 """
 
 import dataclasses
-import importlib.util
-import json
 import math
-import pathlib
-import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
-from experiments import claims, cli
+from experiments import cli
 from experiments.benchmarks.jax_linear_cross_entropy import OURS
+from experiments.benchmarks.measuring import Results, described, in_a_process
 from experiments.claims import Claim, Report, Table
 
 TORCH_ROWS = ("torch_compile", "torch", "liger", "apple")
@@ -101,62 +96,14 @@ def main(config: Config, run: cli.Run) -> Report:
     return report(config, results)
 
 
-class Results:
-    """What was measured so far: in memory, and in a file that is rewritten with every event."""
-
-    def __init__(self, path: pathlib.Path):
-        self._path = path
-        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        self.events: list[dict] = [event for event in stored if "missing" not in event]  # a resumed run tries again
-
-    def add(self, event: dict) -> None:
-        self.events.append(event)
-        claims.write_atomic(self._path, json.dumps(self.events, indent=1) + "\n")
-        print(_described(event), flush=True)
-
-    def programs(self) -> dict[tuple[str, str, str], dict[str, Any]]:
-        """(shape, row, kind) -> "ms" (median), "times", "mb", "loss" and "error" of what was timed."""
-        found: dict[tuple[str, str, str], dict[str, Any]] = {}
-        for event in self.events:
-            if "times" in event:
-                entry = found.setdefault((event["shape"], event["row"], event["kind"]), {})
-                times = [*entry.get("times", []), *event["times"]]
-                entry |= {**event, "times": times, "ms": statistics.median(times)}
-        return found
-
-    def missing(self) -> list[str]:
-        """A line for each thing that was asked for and is not there."""
-        return list(dict.fromkeys(_described(event) for event in self.events if "missing" in event))
-
-    def framework(self, name: str) -> dict[str, Any]:
-        """Device and rate of a large product, as seen by the framework's process."""
-        return next((event for event in self.events if event.get("framework") == name), {})
-
-    def product_ms(self, size: tuple[int, int, int]) -> float | None:
-        """Time of one product N x V x D at the best rate of the device."""
-        jax_saw = self.framework("jax")
-        rate = _PRODUCT_RATE.get(jax_saw.get("device", ""), 1e12 * jax_saw.get("tflops", 0))
-        return 1e3 * 2 * size[0] * size[1] * size[2] / rate if rate else None
-
-
-def _described(event: dict) -> str:
-    if "framework" in event:
-        return (
-            f"{event['framework']} on {event['device']}: one bf16 product of {event['size']}^3 at "
-            f"{event['tflops']:.3g} TFLOP/s"
-        )
-    name = " ".join(filter(None, (event["shape"], event["row"], event["kind"])))
-    if "missing" in event:
-        return f"{name}: left out, {event['missing']}"
-    memory = f", {event['mb']:.1f} MB" if event.get("mb") is not None else ""
-    return f"{name}: {statistics.median(event['times']):.3f} ms{memory}"
+def _product_ms(results: Results, size: tuple[int, int, int]) -> float | None:
+    """Time of one product N x V x D at the best rate of the device."""
+    jax_saw = results.framework("jax")
+    rate = _PRODUCT_RATE.get(jax_saw.get("device", ""), 1e12 * jax_saw.get("tflops", 0))
+    return 1e3 * 2 * size[0] * size[1] * size[2] / rate if rate else None
 
 
 def _in_a_process(framework: str, rows: list[str], config: Config, results: Results, deadline: float) -> Iterator[dict]:
-    """The events of one framework's process; that it failed is an event too."""
-    if importlib.util.find_spec(framework) is None:
-        yield from ({"shape": "", "row": row, "kind": "", "missing": f"{framework} is not installed"} for row in rows)
-        return
     shapes = {name: {"size": SHAPES[name], "rows": config.rows, "brief": False} for name in config.shapes}
     for vocabulary in config.sweep:
         size = (config.sweep_tokens, vocabulary, config.sweep_width)
@@ -169,17 +116,8 @@ def _in_a_process(framework: str, rows: list[str], config: Config, results: Resu
         "deadline": deadline,
         "done": list(results.programs()),
     }
-    module = f"experiments.benchmarks.{'peers.' if framework == 'torch' else ''}{framework}_linear_cross_entropy"
-    command = [sys.executable, "-c", f"import sys; from {module} import measure; measure(sys.argv[1])"]
-    with subprocess.Popen([*command, json.dumps(task)], stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout or ():
-            if line.startswith('{"'):
-                yield json.loads(line)
-            else:
-                print(line, end="")
-    if process.returncode:
-        why = f"it ended with exit code {process.returncode}; its output is above"
-        yield {"shape": "", "row": f"the {framework} process", "kind": "", "missing": why}
+    module = f"{'peers.' if framework == 'torch' else ''}{framework}_linear_cross_entropy"
+    return in_a_process(framework, module, task)
 
 
 def report(config: Config, results: Results) -> Report:
@@ -188,14 +126,14 @@ def report(config: Config, results: Results) -> Report:
     tables = {}
     for name in config.shapes:
         tables[f"{name}: N = {SHAPES[name][0]}, V = {SHAPES[name][1]}, D = {SHAPES[name][2]}"] = _table(
-            programs, name, SHAPES[name], results.product_ms(SHAPES[name])
+            programs, name, SHAPES[name], _product_ms(results, SHAPES[name])
         )
     points = _points(config, programs)
     tables[f"against the vocabulary, N = {config.sweep_tokens}, D = {config.sweep_width}"] = Table(
         ["vocabulary", "implementation", "kind", "ms", "MB"],
         [[v, *line, round(p["ms"], 2), _mb(p)] for line, found in points.items() for v, p in sorted(found.items())],
     )
-    rates = [_described(event) for name in ("jax", "torch") if (event := results.framework(name))]
+    rates = [described(event) for name in ("jax", "torch") if (event := results.framework(name))]
     samples = max((len(entry["times"]) for entry in programs.values()), default=0)
     return Report(
         claims=_claims(config, results),

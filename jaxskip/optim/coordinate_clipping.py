@@ -129,25 +129,28 @@ def clip_top_coordinates(
         zero = jnp.zeros([], jnp.float32)
         return ClipTopCoordinatesState(zero if scope == "global" else jax.tree.map(lambda p: zero, params))
 
-    def update_fn(updates, state, params=None):
+    def update_fn(updates, state, params=None, *, again=None):
+        # `again()` computes the updates once more, see `_clip_direction`.
         del params
         if _is_zero(fraction) or optax.tree.size(updates) == 0:
             return updates, state
 
-        def new_thresholds(tree, old):
+        def new_thresholds(tree, old, again=None):
             if optax.tree.size(tree) == 0:
                 return old, old
             if method != "ema":
                 tau = top_coordinate_threshold(tree, fraction, method=method)
                 return tau, tau.astype(jnp.float32)
+
+            def first():
+                return top_coordinate_threshold(again() if again else tree, fraction, method="histogram")
+
             # Zero at the start, and again after a long run of zero gradients.
-            tau = jax.lax.cond(
-                old > 0, lambda: old, lambda: top_coordinate_threshold(tree, fraction, method="histogram")
-            )
+            tau = jax.lax.cond(old > 0, lambda: old, first)
             return tau, _followed(tau, tree, fraction)
 
         if scope == "global":
-            tau, kept = new_thresholds(updates, state.threshold)
+            tau, kept = new_thresholds(updates, state.threshold, again)
             taus = jax.tree.map(lambda g: tau, updates)
         else:
             treedef = jax.tree.structure(updates)
@@ -373,8 +376,7 @@ def adam_clip_update(
     [-1.0, -1.0]
     """
     return optax.chain(
-        scale_by_adam_clipped(b1, b2, eps, fraction=0.0),
-        clip_top_coordinates(fraction, method=method),
+        _clip_direction(scale_by_adam_clipped(b1, b2, eps, fraction=0.0), fraction, method),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -447,10 +449,35 @@ def lion_coordinate_clip(
     """
     if clip not in ("update", "gradient"):
         raise ValueError(f"clip={clip!r}; choose 'update' or 'gradient'")
-    clipping = clip_top_coordinates(fraction, method=method)
-    stages = [_interpolation(b1, b2), clipping] if clip == "update" else [
-        clipping, _interpolation(b1, b2), optax.scale_by_sign()]  # fmt: skip
+    if clip == "update":
+        stages = [_clip_direction(_interpolation(b1, b2), fraction, method)]
+    else:
+        stages = [clip_top_coordinates(fraction, method=method), _interpolation(b1, b2), optax.scale_by_sign()]
     return optax.chain(*stages, optax.scale_by_learning_rate(learning_rate))
+
+
+def _clip_direction(rule: optax.GradientTransformation, fraction, method) -> optax.GradientTransformation:
+    """``optax.chain(rule, clip_top_coordinates(fraction, method=method))`` that keeps no array of directions.
+
+    In the chain, the branch of "ema" that takes the first threshold has the directions as operands, so that every
+    update would write them to memory and read them back. Here the branch computes them again from the rule's operands.
+    """
+    clip = clip_top_coordinates(fraction, method=method)
+
+    def init_fn(params):
+        return rule.init(params), clip.init(params)
+
+    def update_fn(updates, state, params=None):
+        rule_state, clip_state = state
+        directions, new_rule_state = rule.update(updates, rule_state, params)
+        clipped, clip_state = clip.update(
+            directions,
+            clip_state,
+            again=lambda: rule.update(updates, rule_state, params)[0],  # pyright: ignore[reportCallIssue]
+        )
+        return clipped, (new_rule_state, clip_state)
+
+    return optax.GradientTransformation(init_fn, update_fn)
 
 
 def _followed(tau, tree, fraction):

@@ -176,7 +176,10 @@ def scale_by_diffgrad(
                 step = jnp.sqrt(filled_v) / filled_m * step / (jnp.sqrt(new_nu + root) + plus)
             else:
                 step = step / filled_m / (jnp.sqrt(new_nu / filled_v + root) + plus)
-            return step.astype(g.dtype), new_mu.astype(mu.dtype), new_nu, new_g.astype(prev.dtype), *new_sums
+            # Always the new gradient. XLA updates a donated array in place only where the new one is computed from the
+            # old one; else it makes a new array and copies it over.
+            new_prev = jnp.where(count > 0, new_g.astype(prev.dtype), prev)
+            return step.astype(g.dtype), new_mu.astype(mu.dtype), new_nu, new_prev, *new_sums
 
         trees = [updates, state.mu, state.nu, state.prev_grad, *([state.s1, state.s2] if with_statistics else [])]
         treedef = jax.tree.structure(updates)

@@ -155,5 +155,7 @@ def _orthogonalize(gs, ws, axes, rescale, eps, min_ratio):
     if rescale:
         norm_g, norm_o = jnp.sqrt(total(g * g for g, _ in wide)), jnp.sqrt(total(o * o for o in os))
         scale = jnp.where(norm_o > min_ratio * norm_g, norm_g / (norm_o + eps), 1)
-        os = [scale * o for o in os]
+        # Computed again from g and w: writing o for the norm and reading it back would cost one pass more.
+        again = jax.lax.optimization_barrier(share)
+        os = [scale * (g - again * w) for g, w in wide]
     return [o.astype(g.dtype) for o, g in zip(os, gs, strict=True)]

@@ -1,5 +1,6 @@
 """The catalog says only what is real."""
 
+import dataclasses
 import importlib
 import pathlib
 import re
@@ -16,9 +17,10 @@ READY = [system for system in catalog.CATALOG if system.state == "ready"]
 PLANNED = [system for system in catalog.CATALOG if system.state == "planned"]
 
 
-def _report(name, created, preset="default", holds=True):
+def _report(name, created, preset="default", holds=True, **changes):
     claim = claims.Claim("it works", "yes", "yes", holds, "ours")
-    return claims.Report([claim], experiment=name, preset=preset, created=created)
+    config = claims.to_json(importlib.import_module(f"experiments.{name}").PRESETS[preset])
+    return claims.Report([claim], experiment=name, preset=preset, created=created, config=config | changes)
 
 
 def test_one_row_for_each_of_the_38_systems():
@@ -80,6 +82,18 @@ def test_last_report_is_the_newest_of_its_preset(tmp_path):
     assert catalog.last_report("fira", tmp_path, preset="paper") is None
 
 
+def test_a_run_that_changed_its_preset_is_no_run_of_it(tmp_path):
+    changed = _report("fira", "2026-01-03T00:00:00+00:00", seeds=7)
+    changed.write(tmp_path / "fira" / "b")
+    assert catalog.last_report("fira", tmp_path).config["seeds"] == 7
+    assert catalog.last_report("fira", tmp_path, preset="default") is None
+    _report("fira", "2026-01-02T00:00:00+00:00").write(tmp_path / "fira" / "a")
+    assert catalog.last_report("fira", tmp_path, preset="default").created.startswith("2026-01-02")
+    older_code = {name: value for name, value in changed.config.items() if name != "seeds"}
+    dataclasses.replace(changed, config=older_code).write(tmp_path / "diffgrad" / "a")
+    assert catalog.last_report("diffgrad", tmp_path, preset="default") is None
+
+
 def test_write_results_without_runs_is_an_error(tmp_path):
     command = [sys.executable, "-m", "experiments.catalog", "--write-results", "--runs", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -98,7 +112,8 @@ def test_write_results_lists_default_runs_and_names_what_is_missing(tmp_path, mo
     text = (tmp_path / "experiments" / "RESULTS.md").read_text()
     assert "## fira" in text and "FAILED" in text and "diffgrad" not in text
     missing = [system.name for system in READY if system.name != "fira"]
-    assert capsys.readouterr().out.endswith(f"1 of 38 systems; ready but not run: {missing or 'none'}\n")
+    ending = f"1 of 38 systems; ready but not run with the default configuration: {missing or 'none'}\n"
+    assert capsys.readouterr().out.endswith(ending)
 
 
 def test_python_m_experiments_prints_every_row_and_the_last_result(tmp_path):

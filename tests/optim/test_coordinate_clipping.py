@@ -254,6 +254,20 @@ def test_lion_with_a_clip_for_its_sign_and_on_clipped_gradients():
     assert_updates(run(lion_coordinate_clip(1.0, clip="gradient"))[0], by_gradient)
 
 
+@pytest.mark.parametrize("rule", [adam_clip_update, functools.partial(lion_coordinate_clip, clip="update")])
+def test_a_direction_is_clipped_at_the_threshold_that_follows_it_and_is_never_an_operand(rule):
+    """Method "ema" behind the rule alone gives the same steps; its branch takes what is in memory anyhow."""
+    plain = rule(-1.0, fraction=0.0)
+    wanted, _ = run(optax.chain(plain, clip_top_coordinates(0.3, method="ema"), optax.scale(-1.0)))
+    tx = rule(1.0, fraction=0.3, method="ema")
+    got, _ = run(tx)
+    assert_updates(got, [jax.tree.map(lambda x, i=i: x[i], wanted) for i in range(6)])
+    jaxpr = jax.make_jaxpr(tx.update)(GRADS[0], jax.eval_shape(tx.init, START)).jaxpr
+    (branch,) = [equation for equation in jaxpr.eqns if equation.primitive.name == "cond"]
+    arrays = {id(variable) for variable in branch.invars if variable.aval.ndim}
+    assert arrays and arrays <= {id(variable) for variable in jaxpr.invars}
+
+
 @pytest.mark.parametrize("factored", [True, False])
 def test_adafactor_takes_second_moments_from_unclipped_gradients(factored):
     """The official rule in float64 NumPy, then the relative step times the parameter's size; rtol 1e-4 (rsqrt)."""

@@ -11,14 +11,8 @@ import time
 import torch
 import torch.nn.functional as F
 
-from experiments.benchmarks.jax_linear_cross_entropy import (
-    OUT_OF_TIME,
-    Program,
-    compared,
-    emit,
-    in_turns,
-    milliseconds,
-)
+from experiments.benchmarks.jax_linear_cross_entropy import compared
+from experiments.benchmarks.measuring import OUT_OF_TIME, Program, emit, in_turns, milliseconds
 
 _APPLE = ("cce", "cce_kahan_full_c", "cce_exact")
 

@@ -1,0 +1,153 @@
+"""What benchmarks share: processes that measure one framework each, times, and a file that keeps them.
+
+What was measured is an event: a JSON object a line from the measuring process, one of
+
+    {"framework": "jax", "device": "NVIDIA H200", ...}            what the process runs on, and its best rate
+    {"shape": ..., "row": ..., "kind": ..., "times": [ms], ...}   samples of one program, and facts about it
+    {"shape": ..., "row": ..., "kind": ..., "missing": "why"}     a program that was left out
+"""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from experiments import claims
+
+_CHAIN_SECONDS = 0.05
+OUT_OF_TIME = "out of time (--seconds)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One thing to time. ``build`` compiles it and gives (call, MB beyond the inputs or None)."""
+
+    row: str
+    kind: str
+    build: Callable[[], tuple[Callable[[], Any], float | None]]
+
+
+def emit(**event: Any) -> None:
+    print(json.dumps(event), flush=True)
+
+
+def milliseconds(call: Callable[[], Any], wait: Callable[[Any], Any], repeats: int) -> list[float]:
+    """Time of a call in each of ``repeats`` samples; short calls are enqueued several at a time."""
+    wait(call())
+    begin = time.perf_counter()
+    wait(call())
+    chained = max(1, math.ceil(_CHAIN_SECONDS / (time.perf_counter() - begin)))
+    times = []
+    for _ in range(repeats):
+        out, begin = None, time.perf_counter()
+        for _ in range(chained):
+            out = call()
+        wait(out)
+        times.append(1e3 * (time.perf_counter() - begin) / chained)
+    return times
+
+
+def in_turns(
+    task: dict,
+    shape: str,
+    programs: Sequence[Program],
+    wait: Callable,
+    facts: Callable[[Program, Any], dict],
+    turns: int = 2,
+) -> None:
+    """Build and time each program, then time all of them again, turn by turn; an event for every time."""
+    done = [tuple(key) for key in task["done"]]
+    calls: dict[tuple[str, str], Callable[[], Any]] = {}
+    for program in programs:
+        name = {"shape": shape, "row": program.row, "kind": program.kind}
+        if tuple(name.values()) in done:
+            continue
+        if time.time() > task["deadline"]:
+            emit(**name, missing=OUT_OF_TIME)
+            continue
+        try:
+            call, mb = program.build()
+            emit(**name, mb=mb, **facts(program, call()), times=milliseconds(call, wait, task["repeats"]))
+        except Exception as error:  # a peer that fails must not take the others' figures along
+            emit(**name, missing=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            continue
+        calls[program.row, program.kind] = call
+    for _ in range(turns - 1):
+        for (row, kind), call in calls.items():
+            if time.time() < task["deadline"]:
+                emit(shape=shape, row=row, kind=kind, times=milliseconds(call, wait, task["repeats"]))
+
+
+def in_a_process(
+    framework: str, module: str, task: Mapping[str, Any], environment: Mapping[str, str] = {}
+) -> Iterator[dict]:
+    """The events of ``measure(task)`` of a module in a process of its own; that it failed is an event too."""
+    if importlib.util.find_spec(framework) is None:
+        missing = f"{framework} is not installed"
+        yield from ({"shape": "", "row": row, "kind": "", "missing": missing} for row in task["names"])
+        return
+    code = f"import sys; from experiments.benchmarks.{module} import measure; measure(sys.argv[1])"
+    command = [sys.executable, "-c", code, json.dumps(task)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | environment) as process:
+        for line in process.stdout or ():
+            if line.startswith('{"'):
+                yield json.loads(line)
+            else:
+                print(line, end="")
+    if process.returncode:
+        why = f"it ended with exit code {process.returncode}; its output is above"
+        yield {"shape": "", "row": f"the {framework} process", "kind": "", "missing": why}
+
+
+class Results:
+    """What was measured so far: in memory, and in a file that is rewritten with every event."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        self.events: list[dict] = [event for event in stored if "missing" not in event]  # a resumed run tries again
+
+    def add(self, event: dict) -> None:
+        self.events.append(event)
+        claims.write_atomic(self._path, json.dumps(self.events, indent=1) + "\n")
+        print(described(event), flush=True)
+
+    def programs(self) -> dict[tuple[str, str, str], dict[str, Any]]:
+        """(shape, row, kind) -> "ms" (median), "times" and the facts of what was timed."""
+        found: dict[tuple[str, str, str], dict[str, Any]] = {}
+        for event in self.events:
+            if "times" in event:
+                entry = found.setdefault((event["shape"], event["row"], event["kind"]), {})
+                times = [*entry.get("times", []), *event["times"]]
+                entry |= {**event, "times": times, "ms": statistics.median(times)}
+        return found
+
+    def missing(self) -> list[str]:
+        """A line for each thing that was asked for and is not there."""
+        return list(dict.fromkeys(described(event) for event in self.events if "missing" in event))
+
+    def framework(self, name: str) -> dict[str, Any]:
+        """Device and best rate, as seen by the framework's process."""
+        return next((event for event in self.events if event.get("framework") == name), {})
+
+
+def described(event: dict) -> str:
+    """An event in one line of English."""
+    if "framework" in event:
+        seen = f"{event['framework']} on {event['device']}"
+        if "tflops" in event:
+            return f"{seen}: one bf16 product of {event['size']}^3 at {event['tflops']:.3g} TFLOP/s"
+        return f"{seen}: a copy of {event['copy_mb']:.0f} MB at {event['copy_tbps']:.3g} TB/s, read and written"
+    name = " ".join(filter(None, (event["shape"], event["row"], event["kind"])))
+    if "missing" in event:
+        return f"{name}: left out, {event['missing']}"
+    memory = f", {event['mb']:.1f} MB" if event.get("mb") is not None else ""
+    return f"{name}: {statistics.median(event['times']):.3f} ms{memory}"
