@@ -1,5 +1,7 @@
 """Tokenizers: bytes, and byte-level BPE (trained here, or GPT-2's own files)."""
 
+import copy
+import functools
 import itertools
 import os
 import pathlib
@@ -62,32 +64,47 @@ class ByteTokenizer:
 class BPETokenizer:
     """Byte-level byte-pair encoding (GPT-2's kind) through the ``tokenizers`` package.
 
-    Wraps a ``tokenizers.Tokenizer``; build one with ``train``, ``load`` or ``from_gpt2``. Text that spells a special
-    token, such as ``<|endoftext|>``, is encoded as ordinary text (tiktoken's ``encode_ordinary``): only code appends
-    the token itself. ``vocab_size`` is the largest id plus one. ``decode`` raises ValueError for an id past it.
+    Wraps a ``tokenizers.Tokenizer``; build one with ``train``, ``load``, ``from_gpt2`` or ``from_merges``. Text that
+    spells a special token, such as ``<|endoftext|>``, is encoded as ordinary text (tiktoken's ``encode_ordinary``):
+    only code appends the token itself, or asks for it with ``encode_special``. ``vocab_size`` is the largest id plus
+    one. ``decode`` raises ValueError for an id past it.
 
-    Raises ImportError without the package, ValueError for a vocabulary that cannot give every text back unchanged.
+    What a pretrained model's files say of it: ``bos_token`` begins a text (None: nothing does), ``stop_tokens`` end
+    what a model generates. The first of them ends a document where the vocabulary has no ``<|endoftext|>``.
+
+    Raises ImportError without the package, ValueError for a vocabulary that cannot give every text back unchanged
+    (unless ``lossless`` is False).
 
     >>> tokenizer = BPETokenizer.train(["the cat", "the hat"], vocab_size=260)
     >>> tokenizer.decode(tokenizer.encode("the hat")), len(tokenizer.encode("the hat")) < 7
     ('the hat', True)
     """
 
-    def __init__(self, tokenizer):
+    def __init__(
+        self, tokenizer, *, lossless: bool = True, bos_token: int | None = None, stop_tokens: Sequence[int] = ()
+    ):
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise ValueError("the vocabulary is empty")
         self.vocab_size: int = max(vocabulary.values()) + 1
-        self.end_of_text: int | None = vocabulary.get(END_OF_TEXT)
+        self.bos_token = bos_token
+        self.stop_tokens = tuple(stop_tokens)
+        self.end_of_text: int | None = vocabulary.get(END_OF_TEXT, next(iter(self.stop_tokens), None))
         self._dtype = token_dtype(self.vocab_size)
+        if lossless:
+            self._check_lossless()
+
+    def _check_lossless(self) -> None:
+        tokenizer = self._tokenizer
         encodings = tokenizer.encode_batch_fast(_ALL_UTF8_BYTES, add_special_tokens=False)
         decoded = tokenizer.decode_batch([encoding.ids for encoding in encodings], skip_special_tokens=False)
         if lost := [character for character, back in zip(_ALL_UTF8_BYTES, decoded, strict=True) if character != back]:
             raise ValueError(
                 f"not a lossless byte-level BPE: {lost[0]!r} does not survive encode and decode. The vocabulary must "
-                "hold all 256 byte symbols, and nothing may normalise the text or add a leading space"
+                "hold all 256 byte symbols, and nothing may normalise the text or add a leading space (load and "
+                "from_merges take lossless=False for a pretrained model's tokenizer)"
             )
 
     @classmethod
@@ -108,17 +125,58 @@ class BPETokenizer:
         return cls(tokenizer)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "BPETokenizer":
-        """Reads one ``tokenizer.json``, as ``save`` and Hugging Face write it."""
+    def load(cls, path: str | os.PathLike, **options) -> "BPETokenizer":
+        """Reads one ``tokenizer.json``, as ``save`` and Hugging Face write it.
+
+        ``options`` are ``lossless``, ``bos_token`` and ``stop_tokens``. ``lossless=False`` takes a pretrained model's
+        tokenizer as it is: Qwen2's composes characters, SmolLM2's drops a few control characters.
+        """
         tokenizers = _tokenizers()
-        return cls(_read(tokenizers.Tokenizer.from_file, pathlib.Path(path)))
+        return cls(_read(tokenizers.Tokenizer.from_file, pathlib.Path(path)), **options)
 
     @classmethod
-    def from_gpt2(cls, folder: str | os.PathLike) -> "BPETokenizer":
-        """Reads GPT-2's ``vocab.json`` and ``merges.txt`` from ``folder``."""
+    def from_gpt2(cls, folder: str | os.PathLike, **ids) -> "BPETokenizer":
+        """Reads GPT-2's ``vocab.json`` and ``merges.txt`` from ``folder``.
+
+        ``ids`` are ``bos_token`` and ``stop_tokens``.
+        """
         tokenizers = _tokenizers()
         files = (pathlib.Path(folder, name) for name in ("vocab.json", "merges.txt"))
-        return cls(_byte_level(tokenizers, _read(tokenizers.models.BPE.from_file, *files)))
+        tokenizer = _byte_level(tokenizers, _read(tokenizers.models.BPE.from_file, *files))
+        if tokenizer.token_to_id(END_OF_TEXT) is not None:
+            tokenizer.add_special_tokens([END_OF_TEXT])
+        return cls(tokenizer, **ids)
+
+    @classmethod
+    def from_merges(
+        cls,
+        tokens: Sequence[str],
+        merges: Sequence[tuple[str, str]],
+        *,
+        special_tokens: Sequence[str] = (),
+        split_digits: bool = False,
+        **options,
+    ) -> "BPETokenizer":
+        """Builds GPT-2's kind of BPE from all tokens in the order of their ids and merges by rank, as GGUF files hold
+        them.
+
+        ``special_tokens`` are the tokens that no text spells; ``split_digits`` cuts every digit out before merging, as
+        SmolLM does; ``options`` are ``lossless``, ``bos_token`` and ``stop_tokens``.
+        """
+        tokenizers = _tokenizers()
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        try:
+            model = tokenizers.models.BPE(vocabulary, list(merges))
+        except Exception as error:  # the package raises bare Exception
+            raise ValueError(f"these tokens and merges are no BPE: {error}") from error
+        tokenizer = _byte_level(tokenizers, model)
+        if split_digits:
+            digits = tokenizers.pre_tokenizers.Digits(individual_digits=True)
+            tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([digits, tokenizer.pre_tokenizer])
+        if unknown := [token for token in special_tokens if token not in vocabulary]:
+            raise ValueError(f"special token {unknown[0]!r} is not one of the tokens")
+        tokenizer.add_special_tokens(list(special_tokens))
+        return cls(tokenizer, **options)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes one ``tokenizer.json`` for ``load``."""
@@ -126,6 +184,22 @@ class BPETokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
+
+    def encode_special(self, text: str) -> np.ndarray:
+        """As ``encode``, but what spells a special token becomes that token: for chat prompts, whose text is trusted.
+
+        >>> tokenizer = BPETokenizer.train(["the cat"], vocab_size=260)
+        >>> int(tokenizer.encode_special("a<|endoftext|>")[-1]) == tokenizer.end_of_text
+        True
+        """
+        return np.array(self._special.encode(text, add_special_tokens=False).ids, self._dtype)
+
+    @functools.cached_property
+    def _special(self):
+        # A copy, since the setting is the tokenizer's and not the call's, and others may be encoding.
+        tokenizer = copy.deepcopy(self._tokenizer)
+        tokenizer.encode_special_tokens = False
+        return tokenizer
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)

@@ -85,6 +85,38 @@ def test_corpus_of_bpe_tokens(bpe, tmp_path):
     assert np.count_nonzero(corpus.train == bpe.end_of_text) == 9
 
 
+def test_special_tokens_are_encoded_when_asked_for(bpe):
+    text = f"the cat{END_OF_TEXT}the"
+    special = bpe.encode_special(text)
+    assert special.dtype == bpe.encode(text).dtype
+    np.testing.assert_array_equal(special, [*bpe.encode("the cat"), bpe.end_of_text, *bpe.encode("the")])
+    assert bpe.end_of_text not in bpe.encode(text)
+    assert bpe.decode(special) == bpe.decode(bpe.encode(text)) == text
+
+
+def test_bpe_from_merges():
+    tokenizers = pytest.importorskip("tokenizers")
+    tokens = ["<s>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), "12", "the", "th"]
+    merges = [("t", "h"), ("th", "e"), ("1", "2")]
+    plain = BPETokenizer.from_merges(tokens, merges)
+    assert (plain.bos_token, plain.stop_tokens, plain.end_of_text) == (None, (), None)
+    assert plain.encode("the12").tolist() == [tokens.index("the"), tokens.index("12")]
+    tokenizer = BPETokenizer.from_merges(
+        tokens, merges, special_tokens=["<s>"], split_digits=True, bos_token=0, stop_tokens=[0, 5]
+    )
+    assert (tokenizer.bos_token, tokenizer.stop_tokens, tokenizer.end_of_text) == (0, (0, 5), 0)
+    assert tokenizer.encode("the12").tolist() == [tokens.index(token) for token in ("the", "1", "2")]
+    assert tokenizer.encode_special("<s>the").tolist() == [0, tokens.index("the")]
+    assert tokenizer.decode(tokenizer.encode(TEXTS[2])) == TEXTS[2]
+    with pytest.raises(ValueError, match="special token '</s>'"):
+        BPETokenizer.from_merges(tokens, merges, special_tokens=["</s>"])
+    with pytest.raises(ValueError, match="no BPE"):
+        BPETokenizer.from_merges(tokens, [("q", "q")])
+    with pytest.raises(ValueError, match="not a lossless byte-level BPE"):
+        BPETokenizer.from_merges(tokens[2:], merges)
+    assert BPETokenizer.from_merges(tokens[2:], merges, lossless=False).vocab_size == len(tokens) - 2
+
+
 def write_gpt2_files(folder, alphabet):
     symbols = [*alphabet, "th", "the", "Ġthe"]
     vocabulary = {symbol: i for i, symbol in enumerate([*symbols, END_OF_TEXT])}
