@@ -92,3 +92,61 @@ print(json.dumps({
     "arguments": m.argument_size_in_bytes, "aliased": m.alias_size_in_bytes, "attention": attention,
     "hlo": compiled.as_text()}))
 """
+
+
+# Compiles the reading of prompts and a chunk of decoding on the first chips of a topology, laid along "tensor".
+# Arguments: platform, topology name, target configuration ("" on TPU), fields of the decoder (JSON), the policy (an
+# expression over jaxskip.skipping), chips, batch, prompt slots, room for new tokens, "stacked" or "unrolled".
+DECODING = """
+import importlib, json, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jaxskip import skipping, training
+from jaxskip.models import DECODER_PARTITION_RULES, Decoder, DecoderConfig
+from jaxskip.skipping import cache as caches
+
+programs = importlib.import_module("jaxskip.skipping.generate")
+platform, topology, target, fields, policy, *numbers, form = sys.argv[1:]
+chips, batch, prompt, room = map(int, numbers)
+named = {"target_config": target, "topology": topology} if target else {"topology_name": topology}
+devices = topologies.get_topology_desc(platform=platform, **named).devices[:chips]
+axes = ("data", "fsdp", "tensor")
+mesh = jax.sharding.Mesh(np.array(devices).reshape(1, 1, -1), axes, axis_types=(AxisType.Auto,) * 3)
+config = DecoderConfig(**json.loads(fields), param_dtype=jnp.bfloat16, attention="xla")
+policy = eval(policy, vars(skipping))
+whole = NamedSharding(mesh, P())
+place = lambda tree, sharding: jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding)
+alike = lambda tree: place(tree, jax.tree.map(lambda _: whole, tree))
+plain = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+layout, rows = policy.layout(config.num_layers), jnp.zeros((1, 8), jnp.int32)
+with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    params = jax.eval_shape(lambda key: Decoder(config).init(key, rows)["params"], jax.random.key(0))
+    params = place(params, training.param_shardings(params, mesh, DECODER_PARTITION_RULES))
+    if form == "unrolled":
+        rules = [(pattern, P(*spec[1:]) if "layers" in pattern else spec) for pattern, spec in DECODER_PARTITION_RULES]
+        shapes = jax.eval_shape(skipping.unstack_layers, params)
+        params = place(shapes, training.param_shardings(shapes, mesh, rules))
+    sharding = programs._cache_sharding(config, params, batch, form == "stacked")
+    cache = jax.eval_shape(lambda: caches.empty_cache(config, layout, batch, prompt, room, form == "stacked"))
+    cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or whole), cache)
+    lengths, key = plain((batch,), jnp.int32), alike(jax.eval_shape(lambda: jax.random.key(0)))
+    prefill = programs._prefill.lower(config, policy, params, None, plain((batch, prompt), jnp.int32), lengths, cache)
+    state = alike(prefill.out_info[2])
+    count = plain((), jnp.int32)
+    loop = programs.Loop(cache, state, lengths, plain((batch,), bool), plain((config.num_layers, 2), jnp.int32), count)
+    decode = programs._decode_chunk.lower(
+        config, policy, skipping.Sampling(), 16, params, None, loop, lengths, count, count, count,
+        plain((1,), jnp.int32), key)
+    found = {}
+    for name, lowered in (("prefill", prefill), ("decode", decode)):
+        compiled = lowered.compile()
+        m = compiled.memory_analysis()
+        found[name] = {
+            "bytes": m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes,
+            "arguments": m.argument_size_in_bytes, "temporary": m.temp_size_in_bytes,
+            "aliased": m.alias_size_in_bytes, "hlo": compiled.as_text()}
+found["cache"] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+print(json.dumps(found))
+"""

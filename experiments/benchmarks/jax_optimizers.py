@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import statistics
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.benchmarks.measuring import Program, emit, in_turns, milliseconds
+from experiments.benchmarks.measuring import Program, emit, in_turns, jax_copy_rate
 from jaxskip import optim
 from jaxskip.models import Decoder, decoder_config
 
@@ -133,7 +132,7 @@ def nbytes(tree) -> int:
 def measure(task: str) -> None:
     """Measure the JAX rows of a task, an event a line."""
     asked = json.loads(task)
-    emit(framework="jax", device=jax.devices()[0].device_kind, **_copy_rate(asked["copy_mb"]))
+    emit(framework="jax", device=jax.devices()[0].device_kind, **jax_copy_rate(asked["copy_mb"]))
     tree = shapes(asked["model"])
     normal = jax.jit(lambda key, scale: jax.tree.map(lambda x: scale * x, optax.tree.random_like(key, tree)))
     for_params, for_grads = jax.random.split(jax.random.key(0))
@@ -157,11 +156,3 @@ def measure(task: str) -> None:
 
     programs = [Program(name, "update", functools.partial(build, name)) for name in asked["names"]]
     in_turns(asked, asked["model"], programs, jax.block_until_ready, lambda p, out: facts[p.row], turns=asked["turns"])
-
-
-def _copy_rate(mb: int) -> dict[str, float]:
-    """TB/s, read and written, of copying an array."""
-    x = jnp.ones((mb, 2**18), jnp.float32)
-    copy = jax.jit(jnp.copy)
-    times = milliseconds(lambda: copy(x), jax.block_until_ready, 5)
-    return {"copy_mb": mb, "copy_tbps": 2 * x.nbytes / statistics.median(times) / 1e9}

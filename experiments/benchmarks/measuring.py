@@ -55,6 +55,17 @@ def milliseconds(call: Callable[[], Any], wait: Callable[[Any], Any], repeats: i
     return times
 
 
+def jax_copy_rate(mb: int) -> dict[str, float]:
+    """TB/s, read and written, of copying an array in JAX."""
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.ones((mb, 2**18), jnp.float32)
+    copy = jax.jit(jnp.copy)
+    times = milliseconds(lambda: copy(x), jax.block_until_ready, 5)
+    return {"copy_mb": mb, "copy_tbps": 2 * x.nbytes / statistics.median(times) / 1e9}
+
+
 def in_turns(
     task: dict,
     shape: str,

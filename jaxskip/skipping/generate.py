@@ -93,6 +93,7 @@ def generate(
     >>> [tokens.shape for tokens in out.tokens], out.ran.tolist()
     ([(5,), (5,)], [[0, 0], [4, 4]])
     """
+    policy.check(config, policy_params)
     tokens, lengths = _checked_prompts(config, prompts, max_new_tokens)
     if sampling.temperature > 0 and key is None:
         raise ValueError("sampling at a temperature above 0 needs a key, such as jax.random.key(0)")
@@ -167,6 +168,7 @@ def score(
     >>> nats.shape, ran.tolist()
     ((1, 8), [[7, 7], [7, 7]])
     """
+    policy.check(config, policy_params)
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or not 0 < prompt_length < tokens.shape[1]:
         raise ValueError(
@@ -184,9 +186,10 @@ def score(
     policy, cache, state = policy.settle(cache, state)
     given = np.zeros((batch, rounds * policy.period + 1), np.int32)
     given[:, : steps + 1] = tokens[:, prompt_length:]
-    return _score(
+    nats, ran = _score(
         config, policy, params, policy_params, cache, state, lengths, jnp.int32(slots), given, jnp.int32(steps), logits
     )
+    return nats[:, : steps + 1], np.asarray(ran)
 
 
 def forward(

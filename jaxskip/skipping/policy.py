@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 
+from jaxskip.models.decoder import DecoderConfig
 from jaxskip.skipping.cache import CacheLayout
 from jaxskip.skipping.scan import Network, when
 
@@ -52,6 +53,10 @@ class Policy:
     def layout(self, num_layers: int) -> CacheLayout:
         """Who owns cache slots."""
         return CacheLayout((self.kept(num_layers),))
+
+    def check(self, config: DecoderConfig, policy_params: Any) -> None:
+        """Raises ValueError where the policy does not fit the decoder or its own parameters; `generate` asks it."""
+        self.kept(config.num_layers), self.feeds(config.num_layers)
 
     def prefill(self, network: Network, h, cache, policy_params) -> tuple[Any, Any, Any, Any]:
         """Runs the prompts [B, P, D]; returns (h, cache, state, ran bool [L, 2])."""

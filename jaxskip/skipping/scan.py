@@ -73,7 +73,7 @@ class Network:
       positions: the tokens' places in their sequences, int [B, T].
       index: which generated token each is, int [B, T]: 1 for the first that decoding feeds back, 0 and less in prompts.
       real: bool [B, T], False for padding and for sequences that have ended.
-      attend: `(q, k, v, cache, layer) -> (out [B, T, H, K], cache)`.
+      attend: `(q, k, v, cache, layer) -> (out [B, T, H, K], cache)`; with q None it only stores, and gives None.
     """
 
     config: decoder.DecoderConfig
@@ -115,6 +115,13 @@ class Network:
         out, cache = self.attend(q, k, v, cache, layer)
         return block.apply(params, h_BxTxD, out, method="attended"), cache
 
+    def store(self, h_BxTxD, cache, layer):
+        """The cache with what the attention of `layer` would put into it, and nothing else done."""
+        block, params = self._block(layer)
+        scale, tables = decoder.layer_scales(self.config)[layer], decoder.rotary(self.config, self.positions)
+        _, k, v = block.apply(params, h_BxTxD, scale, tables, method="heads")
+        return self.attend(None, k, v, cache, layer)[1]
+
     def feed_forward(self, h_BxTxD, layer):
         """The residual stream after the feed-forward block of `layer`."""
         block, params = self._block(layer)
@@ -133,7 +140,7 @@ def prompt_attention(config, layout: caches.CacheLayout | None):
     """
 
     def attend(q, k, v, cache, layer):
-        out = decoder.causal_attention(config, q, k, v)
+        out = None if q is None else decoder.causal_attention(config, q, k, v)
         if layout is not None:
             groups, positions = layout.place(config.num_layers)
             for group in range(len(layout.groups)):
@@ -160,6 +167,8 @@ def cached_attention(config, layout: caches.CacheLayout, lengths_B, prompt_slots
             count = step // layout.strides[group]
             position = _pick(positions, layer)
             new = caches.write(cache, group, position, k, v, prompt_slots + count - 1)
+            if q is None:
+                return None, new
             keys, values = caches.read(new, group, position)
             slot = jnp.arange(keys.shape[1])[None]
             visible = (slot < lengths_B[:, None]) | ((slot >= prompt_slots) & (slot < prompt_slots + count))
