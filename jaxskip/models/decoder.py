@@ -404,8 +404,8 @@ def embed_tokens(params, config: DecoderConfig, tokens_BxT: jax.Array, positions
 
 def output_logits(params, config: DecoderConfig, x_BxTxD: jax.Array) -> jax.Array:
     """Float32 logits [B, T, V] of what leaves the last layer: final norm and classifier."""
-    x_BxTxD = _norm(config).apply({"params": params["final_norm"]}, x_BxTxD)
-    return _logits(x_BxTxD, *classifier(params, config))  # pyright: ignore[reportArgumentType]
+    states: Any = _norm(config).apply({"params": params["final_norm"]}, x_BxTxD)
+    return _logits(states, *classifier(params, config))
 
 
 def rotary(config: DecoderConfig, positions_BxT: jax.Array) -> tuple[jax.Array, jax.Array] | None:

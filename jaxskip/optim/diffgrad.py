@@ -178,7 +178,7 @@ def scale_by_diffgrad(
                 step = step / filled_m / (jnp.sqrt(new_nu / filled_v + root) + plus)
             # Always the new gradient. XLA updates a donated array in place only where the new one is computed from the
             # old one; else it makes a new array and copies it over.
-            new_prev = jnp.where(count > 0, new_g.astype(prev.dtype), prev)
+            new_prev = jnp.where(jnp.asarray(count) > 0, new_g.astype(prev.dtype), prev)
             return step.astype(g.dtype), new_mu.astype(mu.dtype), new_nu, new_prev, *new_sums
 
         trees = [updates, state.mu, state.nu, state.prev_grad, *([state.s1, state.s2] if with_statistics else [])]

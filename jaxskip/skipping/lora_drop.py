@@ -11,6 +11,7 @@ Shape letters: B batch, T tokens, D width, R rank, L layers, N dropped layers.
 """
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Sequence
@@ -143,13 +144,13 @@ class LoRADrop(Policy):
         feeds = self.feeds(network.num_layers)
         light = phase != 0
 
-        def run(h, cache, state, index):
+        def run(index, h, cache, state):
             new, cache = network.attention(h, cache, index)
             new = when(network.pick(feeds, index), lambda new: network.feed_forward(new, index), new)
             remember = lambda state: self._remember(state, network.pick(place, index), h, new)  # noqa: E731
             return new, cache, when(network.pick(dropped, index), remember, state)
 
-        def reuse(h, cache, state, index):
+        def reuse(index, h, cache, state):
             if self.kv == "write":
                 cache = network.store(h, cache, index)
             position = network.pick(place, index)
@@ -161,8 +162,8 @@ class LoRADrop(Policy):
 
         def layer(carry, index):
             left_out = network.pick(dropped, index) if light else np.bool_(False)
-            carry = when(~left_out, lambda *carry: run(*carry, index), *carry)
-            carry = when(left_out, lambda *carry: reuse(*carry, index), *carry)
+            carry = when(~left_out, functools.partial(run, index), *carry)
+            carry = when(left_out, functools.partial(reuse, index), *carry)
             ran = ~left_out
             return carry, jnp.stack([jnp.asarray(ran), jnp.asarray(ran & network.pick(feeds, index))])
 
@@ -341,8 +342,8 @@ def lora_drop_loss(
     )[:, prompt_length - 1 : -1]
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens_BxT[:, prompt_length:]).mean()
     if teacher_weight:
-        whole = decoder.Decoder(config).apply({"params": params}, tokens_BxT)
-        whole = jax.lax.stop_gradient(whole)[:, prompt_length - 1 : -1]  # pyright: ignore[reportIndexIssue]
+        whole: Any = jax.lax.stop_gradient(decoder.Decoder(config).apply({"params": params}, tokens_BxT))
+        whole = whole[:, prompt_length - 1 : -1]
         loss = loss + teacher_weight * jnp.mean((logits - whole) ** 2)
     return loss
 

@@ -62,7 +62,8 @@ class Policy:
         """Runs the prompts [B, P, D]; returns (h, cache, state, ran bool [L, 2])."""
 
         def layer(carry, index):
-            h, cache = network.attention(*carry, index)
+            h, cache = carry
+            h, cache = network.attention(h, cache, index)
             return (network.feed_forward(h, index), cache), None
 
         (h, cache), _ = network.over(range(network.num_layers), layer, (h, cache))
@@ -73,7 +74,8 @@ class Policy:
         feeds = self.feeds(network.num_layers)
 
         def layer(carry, index):
-            h, cache = network.attention(*carry, index)
+            h, cache = carry
+            h, cache = network.attention(h, cache, index)
             feed = network.pick(feeds, index)
             h = when(feed, lambda h: network.feed_forward(h, index), h)
             return (h, cache), jnp.stack([jnp.bool_(True), jnp.asarray(feed)])

@@ -19,7 +19,7 @@ from jaxskip.models import decoder
 from jaxskip.skipping import cache as caches
 
 
-def when(wanted, run: Callable, *state):
+def when(wanted, run: Callable, *state) -> Any:
     """`run(*state)` where `wanted` holds, else `state` as it is: not executed, not read.
 
     `wanted` is one boolean for the whole batch: a Python or NumPy bool is decided while tracing, a traced one by
@@ -106,31 +106,28 @@ class Network:
         """`table[layer]`; a NumPy scalar, known while tracing, where `layer` is a Python int and `table` NumPy's."""
         return _pick(table, layer)
 
-    def attention(self, h_BxTxD, cache, layer):
+    def attention(self, h_BxTxD, cache, layer) -> tuple[jax.Array, Any]:
         """The residual stream after the attention of `layer`, and the cache with its keys and values."""
-        block, params = self._block(layer)
-        scale = decoder.layer_scales(self.config)[layer]
-        tables = decoder.rotary(self.config, self.positions)
-        q, k, v = block.apply(params, h_BxTxD, scale, tables, method="heads")
-        out, cache = self.attend(q, k, v, cache, layer)
-        return block.apply(params, h_BxTxD, out, method="attended"), cache
+        out, cache = self.attend(*self._heads(h_BxTxD, layer), cache, layer)
+        return self._block(layer, "attended", h_BxTxD, out), cache
 
-    def store(self, h_BxTxD, cache, layer):
+    def store(self, h_BxTxD, cache, layer) -> Any:
         """The cache with what the attention of `layer` would put into it, and nothing else done."""
-        block, params = self._block(layer)
-        scale, tables = decoder.layer_scales(self.config)[layer], decoder.rotary(self.config, self.positions)
-        _, k, v = block.apply(params, h_BxTxD, scale, tables, method="heads")
+        _, k, v = self._heads(h_BxTxD, layer)
         return self.attend(None, k, v, cache, layer)[1]
 
-    def feed_forward(self, h_BxTxD, layer):
+    def feed_forward(self, h_BxTxD, layer) -> jax.Array:
         """The residual stream after the feed-forward block of `layer`."""
-        block, params = self._block(layer)
-        return block.apply(params, h_BxTxD, method="feed_forward")
+        return self._block(layer, "feed_forward", h_BxTxD)
 
-    def _block(self, layer):
+    def _heads(self, h_BxTxD, layer):
+        tables = decoder.rotary(self.config, self.positions)
+        return self._block(layer, "heads", h_BxTxD, decoder.layer_scales(self.config)[layer], tables)
+
+    def _block(self, layer, method: str, *operands) -> Any:
         layers = self.params["layers"]
         params = layers[layer] if isinstance(layers, tuple) else jax.tree.map(lambda x: x[layer], layers)
-        return decoder.Block(self.config), {"params": params}
+        return decoder.Block(self.config).apply({"params": params}, *operands, method=method)
 
 
 def prompt_attention(config, layout: caches.CacheLayout | None):
