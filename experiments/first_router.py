@@ -18,7 +18,7 @@ import itertools
 import pathlib
 from typing import Any
 
-from experiments import cli, skipping_toy
+from experiments import cli, skipping_toy, smollm2
 from experiments.claims import Claim, Report, Table
 
 PAPER = "arXiv 2410.12513"
@@ -177,23 +177,10 @@ def prepare(options: Config, directory: pathlib.Path) -> Study:
 def _pretrained(options: Config) -> Study:
     import numpy as np
 
-    from jaxskip.data import TokenWindows, evaluation_windows, load_corpus
-    from jaxskip.models import weights
-
-    try:
-        config, params, tokenizer = weights.load(str(options.model))
-        corpus = load_corpus(options.data, tokenizer=tokenizer)
-    except (OSError, ImportError, ValueError) as error:
-        raise cli.UserError(str(error)) from error
-    windows = {
-        "batch_size": options.batch_size,
-        "context_length": options.context,
-        "vocab_size": corpus.vocab_size,
-    }
-    parts = list(evaluation_windows(corpus.validation, num_batches=8, **windows))
-    validation = {name: np.concatenate([part[name] for part in parts]) for name in ("inputs", "targets")}
-    batches = lambda seed: TokenWindows(corpus.train, seed=seed, **windows)  # noqa: E731
-    return Study(options, str(options.model), config, params, batches, validation, (corpus.name,), np.nan)
+    config, params, text, batches, validation = smollm2.with_text(
+        str(options.model), options.data, batch_size=options.batch_size, context_length=options.context
+    )
+    return Study(options, str(options.model), config, params, batches, validation, (text,), np.nan)
 
 
 def _cross_entropy(logits, targets):

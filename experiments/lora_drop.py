@@ -134,7 +134,9 @@ def corrections(options: Config, run: cli.Run) -> tuple[float, dict[tuple[tuple[
         batches, validation = None, skipping_toy.validation(options.toy)
         drop_sets = options.drop_sets
     else:
-        config, params, batches, validation = _text(options)
+        config, params, _, batches, validation = smollm2.with_text(
+            options.model, options.data, batch_size=options.batch_size, context_length=options.context
+        )
         drop_sets = tuple(lora_drop_layers(config.num_layers, ratio) for ratio in options.ratios)
     whole = LoRADrop(light_steps=0)
     full = float(_loss(options, config, whole)({"base": params, "adapters": None}, validation, None)[0])
@@ -189,30 +191,9 @@ def _train(options: Config, loss_fn, params, adapters, batches, directory):
     state = training.init_state(lambda key: adapters, tx, jax.random.key(options.seed), mesh)
     step = training.make_train_step(frozen, tx)
     state, _ = training.fit(
-        state, step, batches(), mesh=mesh, steps=options.steps, directory=directory, title=directory.name
+        state, step, batches(options.seed), mesh=mesh, steps=options.steps, directory=directory, title=directory.name
     )
     return state.params
-
-
-def _text(options: Config):
-    import numpy as np
-
-    from jaxskip.data import TokenWindows, evaluation_windows, load_corpus
-    from jaxskip.models import weights
-
-    try:
-        config, params, tokenizer = weights.load(str(options.model))
-        corpus = load_corpus(options.data, tokenizer=tokenizer)
-    except (OSError, ImportError, ValueError) as error:
-        raise cli.UserError(str(error)) from error
-    windows = {
-        "batch_size": options.batch_size,
-        "context_length": options.context,
-        "vocab_size": corpus.vocab_size,
-    }
-    parts = list(evaluation_windows(corpus.validation, num_batches=8, **windows))
-    validation = {name: np.concatenate([part[name] for part in parts]) for name in ("inputs", "targets")}
-    return config, params, lambda: TokenWindows(corpus.train, seed=options.seed, **windows), validation
 
 
 def _untrained_claims(found) -> list[Claim]:

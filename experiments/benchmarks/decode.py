@@ -11,11 +11,10 @@ The floor is reading weights, cache and output matrix once at the rate of a larg
 """
 
 import dataclasses
-import time
 
 from experiments import cli
 from experiments.benchmarks.jax_decode import ROWS, SHAPES
-from experiments.benchmarks.measuring import Results, described, in_a_process
+from experiments.benchmarks.measuring import Results, described, measure_in_turn
 from experiments.claims import Claim, Report, Table
 
 PEERS = ("transformers, compiled, static cache", "transformers, eager")
@@ -69,35 +68,17 @@ PRESETS = {
 def main(config: Config, run: cli.Run) -> Report:
     """Measure in one process a framework, then compare."""
     results = Results(run.directory / "measured.json")
-    begin = time.time()
-    names = {
-        "jax": [row for row in config.rows if row in ROWS],
-        "transformers": [row for row in config.rows if row in PEERS],
+    task = {
+        name: getattr(config, name) for name in ("shapes", "batches", "prompt", "tokens", "dtype", "repeats", "copy_mb")
     }
-    for framework, rows in names.items():
-        if rows:
-            share = _JAX_SHARE if framework == "jax" and names["transformers"] else 1.0
-            task = {
-                "names": rows,
-                "shapes": config.shapes,
-                "batches": config.batches,
-                "prompt": config.prompt,
-                "tokens": config.tokens,
-                "dtype": config.dtype,
-                "repeats": config.repeats,
-                "copy_mb": config.copy_mb,
-                "deadline": begin + share * config.seconds,
-                "done": list(results.programs()),
-            }
-            # PyTorch's process imports JAX for shapes alone, and the two must not reserve each other's memory.
-            environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-            if framework == "transformers":
-                environment["JAX_PLATFORMS"] = "cpu"
-            elif config.xla_flags:
-                environment["XLA_FLAGS"] = config.xla_flags
-            module = "peers.torch_decode" if framework == "transformers" else "jax_decode"
-            for event in in_a_process(framework, module, task, environment):
-                results.add(event)
+    flags = {"XLA_FLAGS": config.xla_flags} if config.xla_flags else {}
+    ours, peers = ([row for row in config.rows if row in rows] for rows in (ROWS, PEERS))
+    # PyTorch's process imports JAX for shapes alone.
+    frameworks = [
+        ("jax", "jax_decode", ours, flags),
+        ("transformers", "peers.torch_decode", peers, {"JAX_PLATFORMS": "cpu"}),
+    ]
+    measure_in_turn(results, frameworks, task, config.seconds, _JAX_SHARE)
     return report(config, results)
 
 

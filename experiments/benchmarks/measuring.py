@@ -118,6 +118,29 @@ def in_a_process(
         yield {"shape": "", "row": f"the {framework} process", "kind": "", "missing": why}
 
 
+def measure_in_turn(
+    results: "Results",
+    frameworks: Sequence[tuple[str, str, Sequence[str], Mapping[str, str]]],
+    task: Mapping[str, Any],
+    seconds: float,
+    first_share: float,
+) -> None:
+    """Measure (framework, module, rows, environment) one after the other, each in a process of its own.
+
+    What cannot start within ``seconds`` is left out; the first has ``first_share`` of them where others follow.
+    """
+    begin = time.time()
+    asked = [framework for framework in frameworks if framework[2]]
+    for number, (framework, module, rows, environment) in enumerate(asked):
+        share = first_share if number == 0 and len(asked) > 1 else 1.0
+        details = {**task, "names": list(rows), "deadline": begin + share * seconds, "done": list(results.programs())}
+        # Two processes on one GPU must not reserve each other's memory.
+        for event in in_a_process(
+            framework, module, details, {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **environment}
+        ):
+            results.add(event)
+
+
 class Results:
     """What was measured so far: in memory, and in a file that is rewritten with every event."""
 

@@ -16,12 +16,11 @@ each sum that must be known first) at the rate of a large copy.
 
 import dataclasses
 import statistics
-import time
 from typing import Literal
 
 from experiments import cli
 from experiments.benchmarks.jax_optimizers import RULES
-from experiments.benchmarks.measuring import Results, described, in_a_process
+from experiments.benchmarks.measuring import Results, described, measure_in_turn
 from experiments.claims import Claim, Report, Table
 
 TORCH_RULES = ("torch.adamw",)
@@ -69,30 +68,14 @@ PRESETS = {
 def main(config: Config, run: cli.Run) -> Report:
     """Measure in one process a framework, then compare."""
     results = Results(run.directory / "measured.json")
-    begin = time.time()
-    names = {
-        "jax": [name for name in config.rules if name in RULES],
-        "torch": [name for name in config.rules if name in TORCH_RULES],
-    }
-    for framework, rules in names.items():
-        if rules:
-            share = _JAX_SHARE if framework == "jax" and names["torch"] else 1.0
-            task = {
-                "names": rules,
-                "model": config.model,
-                "repeats": config.repeats,
-                "turns": config.turns,
-                "copy_mb": config.copy_mb,
-                "deadline": begin + share * config.seconds,
-                "done": list(results.programs()),
-            }
-            # PyTorch's process asks JAX for shapes alone, and the two must not reserve each other's memory.
-            environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-            if framework == "torch":
-                environment["JAX_PLATFORMS"] = "cpu"
-            module = f"{'peers.' if framework == 'torch' else ''}{framework}_optimizers"
-            for event in in_a_process(framework, module, task, environment):
-                results.add(event)
+    task = {name: getattr(config, name) for name in ("model", "repeats", "turns", "copy_mb")}
+    ours, peers = ([name for name in config.rules if name in rules] for rules in (RULES, TORCH_RULES))
+    # PyTorch's process asks JAX for shapes alone.
+    frameworks = [
+        ("jax", "jax_optimizers", ours, {}),
+        ("torch", "peers.torch_optimizers", peers, {"JAX_PLATFORMS": "cpu"}),
+    ]
+    measure_in_turn(results, frameworks, task, config.seconds, _JAX_SHARE)
     return report(config, results)
 
 
