@@ -83,13 +83,13 @@ def make_policy(config: Config, num_layers: int, embed_dim: int) -> tuple[Any, A
 
 
 class Stream:
-    """Prints text as its tokens come, whole characters only."""
+    """Prints text as its tokens come, whole characters only, without what stops it."""
 
-    def __init__(self, tokenizer):
-        self._tokenizer, self._ids, self._printed = tokenizer, [], 0
+    def __init__(self, tokenizer, stop_tokens=()):
+        self._tokenizer, self._stop_tokens, self._ids, self._printed = tokenizer, stop_tokens, [], 0
 
     def __call__(self, new_tokens) -> None:
-        self._ids += [int(token) for token in new_tokens[0] if token >= 0]
+        self._ids += [int(token) for token in new_tokens[0] if token >= 0 and token not in self._stop_tokens]
         text = self._tokenizer.decode(self._ids).rstrip("\N{REPLACEMENT CHARACTER}")
         print(text[self._printed :], end="", flush=True)
         self._printed = len(text)
@@ -113,7 +113,7 @@ def main(config: Config) -> None:
     policy, policy_params = make_policy(config, network.num_layers, network.embed_dim)
     print(f"compiling for {jax.default_backend()} ...", file=sys.stderr)
     print(config.prompt, end="\n" if config.chat else "", flush=True)
-    stream, seen = Stream(tokenizer), []
+    stream, seen = Stream(tokenizer, tokenizer.stop_tokens), []
 
     def on_tokens(new):
         seen.append((time.perf_counter(), new.shape[1]))

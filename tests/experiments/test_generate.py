@@ -38,9 +38,9 @@ def test_other_policies():
 
 
 def test_characters_are_printed_whole(capsys):
-    stream = generate.Stream(ByteTokenizer())
+    stream = generate.Stream(ByteTokenizer(), stop_tokens=(255,))
     for byte in "aé!".encode():
         stream(np.array([[byte]]))
         print("|", end="")
-    stream(np.array([[-1]]))
+    stream(np.array([[255, -1]]))
     assert capsys.readouterr().out == "a||é|!|"
