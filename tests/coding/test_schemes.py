@@ -157,7 +157,7 @@ def prefixes(scheme, conforms, rounds, late=()):
         (MSGC(2, 2, 3, 1), lambda s: conforms_bursty(s, 2, 3, 1) or conforms_arbitrary(s, 2, 4, 1), 6),
         (MSGC(3, 1, 2, 1, CYCLIC), lambda s: conforms_bursty(s, 1, 2, 1), 4),
     ],
-    ids=str,
+    ids=lambda value: "" if callable(value) else str(value),
 )
 def test_brute_force(scheme, conforms, rounds):
     """Whatever conforms is allowed, whatever is allowed decodes; one straggler too many is not allowed."""
@@ -180,7 +180,7 @@ def test_brute_force(scheme, conforms, rounds):
         (MSGC(3, 2, 3, 2), lambda s: conforms_bursty(s, 2, 3, 2) or conforms_arbitrary(s, 2, 4, 2), 6),
         (MSGC(3, 1, 3, 3), lambda s: conforms_bursty(s, 1, 3, 3) or conforms_arbitrary(s, 1, 3, 3), 6),
     ],
-    ids=str,
+    ids=lambda value: "" if callable(value) else str(value),
 )
 def test_brute_force_longer(scheme, conforms, rounds):
     test_brute_force(scheme, conforms, rounds)

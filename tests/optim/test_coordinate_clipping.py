@@ -354,6 +354,7 @@ def test_more_entries_than_int32_counts():
         jax.eval_shape(lambda g: top_coordinate_threshold(g, 0.5), huge)
 
 
+@pytest.mark.slow
 def test_checkpoints_through_orbax(tmp_path):
     """Factored moments (pairs) and the threshold of each leaf come back; the run goes on as if it had not stopped."""
     from jaxskip.training import Checkpoints

@@ -144,6 +144,7 @@ def tiling_step(tiles, implementation="chunked"):
 
 @settings(deadline=None, max_examples=12)
 @given(rows=st.sampled_from([1, 3, 11, 50]), columns=st.sampled_from([1, 7, 64, 130, 500]))
+@pytest.mark.slow
 def test_the_tiling_changes_only_rounding(rows, columns):
     """float32 sums in another order: 1e-5."""
     got, want = tiling_step((rows, columns)), tiling_step(None, "reference")

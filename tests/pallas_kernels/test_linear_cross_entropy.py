@@ -368,6 +368,7 @@ def loss_of(implementation, reduction="mean", tiles=(4, 16)):
     return loss
 
 
+@pytest.mark.slow
 def test_eager_remat_scan_and_vmap_agree_with_jit(small):
     """The same float32 program compiled differently: 2e-6 of order-1 values."""
     e, c, bias, weights, labels = small
@@ -389,6 +390,7 @@ def test_eager_remat_scan_and_vmap_agree_with_jit(small):
     close(jax.tree.map(lambda x: x[0], batched), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_forward_over_reverse_agrees_with_the_reference(small, reduction):
     """Hessian-vector products of every differentiable argument at once, in float64: 1e-10."""

@@ -219,6 +219,7 @@ def test_the_filter_spreads_what_it_leaves_out_and_keeps_its_bound(options):
     np.testing.assert_allclose(found[0][256:], whole[0][256:], atol=1e-5 * np.abs(whole[0][256:]).max())
 
 
+@pytest.mark.slow
 def test_the_label_is_never_left_out():
     """A label whose probability is far below eps: its column of the gradient is exact to float32, 1e-5."""
     e, c = jnp.full((16, 8), 3.0), jnp.zeros((256, 8)).at[0].set(1.0)
@@ -292,6 +293,7 @@ def test_drawn_labels_are_those_of_the_other_implementations():
     assert len(np.unique(got)) > 50
 
 
+@pytest.mark.slow
 def test_the_kernels_noise_is_the_same_noise():
     rng = np.random.default_rng(0)
     key, x, y = (jnp.asarray(rng.integers(0, 2**32, n, dtype=np.uint32)) for n in (2, 64, 64))

@@ -225,6 +225,7 @@ def most_gradient(gate):
     return float(jnp.abs(grads["kernel"]).max())
 
 
+@pytest.mark.slow
 def test_the_published_equation_gives_routers_no_gradient():
     assert most_gradient("published") <= 1e-7
     assert most_gradient("straight_through") > 1e-4

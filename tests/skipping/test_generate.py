@@ -44,7 +44,9 @@ def test_decoding_step_by_step_scores_text_as_the_network_does(config):
 
 
 @MODELS
-@pytest.mark.parametrize("change", ["unrolled", "fused", "both"])
+@pytest.mark.parametrize(
+    "change", [pytest.param("unrolled", marks=pytest.mark.slow), pytest.param("fused", marks=pytest.mark.slow), "both"]
+)
 def test_unrolled_and_fused_weights_are_the_same_network(config, change):
     weights = params(config)
     if change != "unrolled":
@@ -62,6 +64,7 @@ def logits_of_plain(config):
     return logits(dataclasses.replace(config, fused=False), TEXT)
 
 
+@pytest.mark.slow
 def test_left_out_layers_are_a_smaller_network_for_new_tokens():
     """Whole sequences: the network without the layers. Decoding: the same from the first new token on, over a prompt
     that the whole network read."""
@@ -135,6 +138,7 @@ def test_the_cache_has_slots_for_what_is_kept_only():
     assert half.share_skipped.tolist() == [0.5, 0.5]
 
 
+@pytest.mark.slow
 def test_programs_do_not_grow_with_the_number_of_prompts():
     _prefill.clear_cache(), _decode_chunk.clear_cache()
     for length in range(1, 70, 4):
@@ -142,7 +146,9 @@ def test_programs_do_not_grow_with_the_number_of_prompts():
     assert _prefill._cache_size() == 2 and _decode_chunk._cache_size() == 2  # buckets 32 and 64
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 16])
+@pytest.mark.parametrize(
+    "chunk", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(16, marks=pytest.mark.slow)]
+)
 def test_stop_tokens_end_their_own_sequence(chunk):
     prompts = [TEXT[0, :9].tolist(), TEXT[1, :3].tolist()]
     free = [greedy(LLAMA, prompt, 12) for prompt in prompts]
@@ -180,6 +186,7 @@ def test_eight_devices_give_the_tokens_of_one(policy):
     assert [tokens.tolist() for tokens in many.tokens] == [tokens.tolist() for tokens in one.tokens]
 
 
+@pytest.mark.slow
 def test_bf16_decodes():
     config = dataclasses.replace(LLAMA, dtype=jnp.bfloat16)
     weights = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params(LLAMA))

@@ -50,12 +50,12 @@ def test_without_light_steps_or_dropped_layers_it_is_plain_decoding(change):
     "change",
     [
         {},
-        {"base": "delta"},
-        {"base": "identity"},
-        {"correction_input": "previous"},
+        pytest.param({"base": "delta"}, marks=pytest.mark.slow),
+        pytest.param({"base": "identity"}, marks=pytest.mark.slow),
+        pytest.param({"correction_input": "previous"}, marks=pytest.mark.slow),
         {"kv": "write"},
-        {"light_steps": 1},
-        {"keep_layers": (0, 1, 2), "keep_feed_forwards": (0, 2)},
+        pytest.param({"light_steps": 1}, marks=pytest.mark.slow),
+        pytest.param({"keep_layers": (0, 1, 2), "keep_feed_forwards": (0, 2)}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -85,6 +85,7 @@ def test_showing_the_keys_of_light_tokens_is_another_network():
     assert abs(loss(*arguments) - loss(*arguments, train_kv="all")) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_full_step_is_plain_decoding_where_no_light_step_came_before():
     policy = LoRADrop(drop_layers=DROPPED, light_steps=0)
     once = LoRADrop(drop_layers=DROPPED, light_steps=3)
@@ -124,6 +125,7 @@ def test_slots():
     assert whole.cache_bytes == 2 * 4 * dense * 2 * 8 * 4
 
 
+@pytest.mark.slow
 def test_reuse_of_the_previous_step_moves_on():
     anchor = LoRADrop(drop_layers=DROPPED)
     previous = dataclasses.replace(anchor, reuse="previous")
@@ -137,6 +139,7 @@ def test_reuse_of_the_previous_step_moves_on():
         lora_drop_forward(LLAMA, params(LLAMA), adapters(), jnp.asarray(TEXT), previous)
 
 
+@pytest.mark.slow
 def test_the_cycle_starts_with_the_prompt_and_leaves_nothing_behind():
     """Alone or beside a longer prompt, first or second: the same tokens."""
     policy = LoRADrop(drop_layers=DROPPED)

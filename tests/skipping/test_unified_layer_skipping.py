@@ -156,6 +156,7 @@ def test_padding_of_prefix_and_response_does_not_count():
     assert 0 < two - one < 20
 
 
+@pytest.mark.slow
 def test_the_optional_terms():
     weights = {"full_weight": 0.5, "similarity_weight": 2.0}
     loss, scalars = loss_of(LLAMA, params(LLAMA), TEXT[:, :8], TEXT[:, 8:], KEEP, **weights)

@@ -257,6 +257,7 @@ def test_halting_is_the_parents(norm):
         np.testing.assert_allclose(out[:, :end], expected[:, :end], **CLOSE)
 
 
+@pytest.mark.slow
 def test_tokens_that_leave_early_pass_their_state_on():
     """The same, all tokens at once: a token's state stands still from its exit on, and gives keys and values."""
     change = np.abs(np.diff(np.linalg.norm(states(LLAMA)[:, :1], axis=-1), axis=0))[:2, 0, 6:]

@@ -46,7 +46,11 @@ def assert_close(a, b, rtol):
 
 
 @pytest.mark.multidevice
-@pytest.mark.parametrize("axes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "axes",
+    [pytest.param((8, 1, 1), marks=pytest.mark.slow), pytest.param((1, 8, 1), marks=pytest.mark.slow), (2, 2, 2)],
+    ids=str,
+)
 def test_every_mesh_trains_as_one_device_does(axes):
     """Float32 sums in another order, over three steps of SGD with momentum (Adam would blow up rounding at 0)."""
     tx = optax.sgd(0.5, momentum=0.9)
@@ -57,6 +61,7 @@ def test_every_mesh_trains_as_one_device_does(axes):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.multidevice
 def test_sophias_curvature_is_the_same_on_eight_devices():
     """The labels that Sophia-G draws do not depend on the mesh."""
@@ -68,7 +73,9 @@ def test_sophias_curvature_is_the_same_on_eight_devices():
     np.testing.assert_allclose(metrics["win_rate"], sophia_win_rate(one.opt_state))
 
 
-@pytest.mark.parametrize("axes", [(1, 1, 1), pytest.param((4, 1, 1), marks=pytest.mark.multidevice)], ids=str)
+@pytest.mark.parametrize(
+    "axes", [(1, 1, 1), pytest.param((4, 1, 1), marks=[pytest.mark.multidevice, pytest.mark.slow])], ids=str
+)
 def test_accumulated_micro_batches_give_the_step_of_the_whole_batch(axes):
     tx = optax.sgd(0.5)
     whole, losses, _ = run(tx)
@@ -142,6 +149,7 @@ def test_an_estimate_that_is_not_finite_is_dropped():
     assert int(state.opt_state[0].num_refreshes) == 1 and before.all()
 
 
+@pytest.mark.slow
 def test_hutchinsons_estimate_goes_through_the_loop():
     tx = sophia(1e-3, gamma=0.01)
     mesh = training.make_mesh(devices=jax.devices()[:1])
