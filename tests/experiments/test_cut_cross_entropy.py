@@ -19,7 +19,8 @@ def test_the_smallest_run_from_command_line_to_pictures(tmp_path):
     report = Report.load(folder)
     training = {row[0]: row for row in report.tables["training"].rows}
     assert set(training) == {"optax", "kahan_full_c", "cce"}
-    assert training["kahan_full_c"][2] < 0.02 < training["cce"][2]  # in 8 steps nothing has drifted yet
+    # In 8 steps rounding has hardly drifted, and the bare filter has.
+    assert training["kahan_full_c"][2] < 1e-3 < training["cce"][2]
     assert (folder / "training.png").exists() and (folder / "blocks.png").exists()
     (agreement,) = [claim for claim in report.claims if "are those of the materialised" in claim.statement]
     assert agreement.holds
