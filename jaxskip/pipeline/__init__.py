@@ -1,0 +1,23 @@
+"""SkipPipe: pipelines in which each microbatch takes its own path through the stages (arXiv 2502.19913)."""
+
+from jaxskip.pipeline.costs import GEO12, Costs, Topology, balanced_sizes, geo12, link_seconds
+from jaxskip.pipeline.plan import full_pipelines, place, plan, stage_sequences
+from jaxskip.pipeline.simulate import Simulation, Work, contention_free, plot_timeline, simulate
+
+__all__ = [
+    "GEO12",
+    "Costs",
+    "Simulation",
+    "Topology",
+    "Work",
+    "balanced_sizes",
+    "contention_free",
+    "full_pipelines",
+    "geo12",
+    "link_seconds",
+    "place",
+    "plan",
+    "plot_timeline",
+    "simulate",
+    "stage_sequences",
+]
