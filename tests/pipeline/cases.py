@@ -42,8 +42,8 @@ def schedules():
 @st.composite
 def pipelines(draw):
     """Topology, costs, length of paths and number of microbatches; memory suffices, now and then barely."""
-    stages = draw(st.integers(2, 6))
-    length = draw(st.integers(2, min(stages, 5)))
+    stages = draw(st.integers(2, 5))  # with more, no short path jumps far enough to fill the last ones
+    length = draw(st.integers(2, stages))
     others = draw(st.integers(1, 3))
     heads = draw(st.integers(1, max(1, others * (stages - 1) // (length - 1))))
     sizes = [heads, *[others] * (stages - 1)]
