@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from jaxskip.pipeline.cbs import conflict_search
 from jaxskip.pipeline.costs import Costs, Topology
 from jaxskip.pipeline.simulate import Path, contention_free, simulate
 
@@ -40,11 +41,11 @@ def plan(
           slowest link is fastest; the baseline without skipping.
         "random": any paths; the baseline with skipping.
         "greedy": microbatches in random order take the fastest path that is left; the best of ``restarts`` such rounds.
-        "cbs": the paper's conflict-based search, slower and no better, see `jaxskip.pipeline.cbs`.
+        "cbs": the paper's conflict-based search, simplified, see `jaxskip.pipeline.cbs`; slower.
       swap: whether paths may visit two neighbouring stages in the other order.
       collision_aware: judge by `simulate`, so by waiting for busy nodes too; otherwise by the slowest path on its own.
       coarse: microbatches of an origin that share a path; divides those under way.
-      restarts: rounds of "greedy"; the time grows with it.
+      restarts: rounds of "greedy", steps of the search of "cbs"; the time grows with it.
       seed: of "random" and "greedy".
 
     Raises ValueError for arguments out of range, and where the nodes have too little memory for these paths.
@@ -89,8 +90,6 @@ def plan(
             f"{len(agents) * coarse} microbatches under way on paths of {length} stages do not fit into "
             f"{topology.memory} a node; take fewer nodes for stage 0, see balanced_sizes, or fewer microbatches"
         )
-    if method == "cbs":
-        raise NotImplementedError("method='cbs' is not written yet; choose 'greedy'")
     rng = np.random.default_rng(seed)
     if method == "random":
         return spread(_random(topology, length, agents, coarse, swap, rng))
@@ -100,7 +99,14 @@ def plan(
             return simulate(spread(paths), topology, costs).makespan
         return max(contention_free(path, costs) for path in paths)
 
-    return spread(_greedy(topology, costs, length, agents, coarse, swap, restarts, rng, seconds))
+    if method == "greedy":
+        return spread(_greedy(topology, costs, length, agents, coarse, swap, restarts, rng, seconds))
+    sequences = stage_sequences(len(topology.stages), length, swap)
+    room = topology.memory // coarse
+    paths = conflict_search(topology, costs, agents, sequences, room, collision_aware, seconds, restarts)
+    if paths is None:
+        raise ValueError(f"in {restarts} steps, no paths fitted into memory; take more restarts, or 'greedy'")
+    return spread(paths)
 
 
 def stage_sequences(stages: int, length: int, swap: bool = True) -> list[tuple[int, ...]]:
