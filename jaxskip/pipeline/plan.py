@@ -245,8 +245,6 @@ class _Router:
 
     def __init__(self, topology: Topology, length: int, swap: bool):
         sequences = stage_sequences(len(topology.stages), length, swap)
-        if not sequences:
-            raise ValueError(f"no order of {length} of {len(topology.stages)} stages is allowed, see stage_sequences")
         widest = max(map(len, topology.stages[1:]))
         self.visits = np.array([[stage in sequence for stage in range(len(topology.stages))] for sequence in sequences])
         # [Q, length - 1, K]: the nodes that each sequence may use; N stands for none.

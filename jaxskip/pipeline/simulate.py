@@ -179,7 +179,7 @@ def plot_timeline(run: Simulation, labels: Sequence[str] | None = None):
             axes.text((start + end) / 2, node, str(microbatch), ha="center", va="center", fontsize=6)
     names = [str(node) for node in range(nodes)] if labels is None else labels
     axes.set_yticks(range(nodes), names, fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(nodes - 0.4, -0.6)
     axes.set_xlim(0, run.makespan)
     axes.set_xlabel("seconds")
     axes.set_ylabel("node")
