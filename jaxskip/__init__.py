@@ -2,7 +2,8 @@
 
 Update rules (``jaxskip.optim``), objectives (``jaxskip.losses``), models and pretrained weights (``jaxskip.models``),
 inference that skips (``jaxskip.skipping``) and its building blocks (``jaxskip.nn``), gradient coding
-(``jaxskip.coding``), the training loop (``jaxskip.training``), measurements (``jaxskip.analysis``) and data
+(``jaxskip.coding``), pipelines that skip stages (``jaxskip.pipeline``), the training loop (``jaxskip.training``),
+measurements (``jaxskip.analysis``) and data
 (``jaxskip.data``) load when they are first used: ``import jaxskip`` alone imports nothing heavy and starts no device.
 """
 
