@@ -196,10 +196,12 @@ def hermite(k: int, z: jax.Array) -> jax.Array:
 
 
 def tangent(theta, v):
+    """The part of `v` that is tangent to the sphere at the unit vector `theta`, both [D]."""
     return v - jnp.sum(v * theta) * theta
 
 
 def unit(v):
+    """`v` divided by its length."""
     return v / jnp.sqrt(jnp.sum(v * v))
 
 

@@ -19,8 +19,8 @@ def test_the_smallest_run_from_command_line_to_pictures(tmp_path):
     report = Report.load(folder)
     training = {row[0]: row for row in report.tables["training"].rows}
     assert set(training) == {"optax", "kahan_full_c", "cce"}
-    # In 8 steps rounding has hardly drifted, and the bare filter has.
-    assert training["kahan_full_c"][2] < 1e-3 < training["cce"][2]
+    # In 16 steps rounding has hardly drifted, and the bare filter has.
+    assert training["kahan_full_c"][2] < 0.02 < training["cce"][2]
     assert (folder / "training.png").exists() and (folder / "blocks.png").exists()
     (agreement,) = [claim for claim in report.claims if "are those of the materialised" in claim.statement]
     assert agreement.holds
@@ -111,7 +111,7 @@ def test_sorting_gathers_what_is_kept():
         ({"losses": ("exact",)}, "must hold optax"),
         ({"seeds": 0}, "at least 1"),
         ({"tolerance": None, "losses": ("optax", "kahan")}, "two of"),
-        ({"warmup": 8}, "shorter than the run"),
+        ({"warmup": 16}, "shorter than the run"),
     ],
 )
 def test_configurations_that_cannot_be_are_refused(changes, message):
