@@ -52,8 +52,8 @@ class DecoderConfig:
       activation: "gelu" (tanh form, one matrix up) or "swiglu" (gate and up).
       use_bias: biases in projections and LayerNorm; Sophia's and nanoGPT's pre-training set-ups have none.
       qkv_bias: biases of query, key and value alone (Qwen2 has them and no others); None means `use_bias`.
-      fused: one matrix for query, key and value, [D, G, H / G + 2, K], and one for gate and up, [D, 2, F]: fewer,
-        larger products, for decoding (see `fuse_projections`).
+      fused: the form for decoding (see `fuse_projections`): one matrix for query, key and value and one for gate and
+        up, and all matrices of the layers with their outputs first, "transposed".
       tie_embeddings: the classifier is the token embedding; otherwise a matrix "head" [D, V] of its own.
       scale_attention_by_layer: divide attention logits by (layer index + 1), as the Sophia authors do.
       init_std: standard deviation of all weights; residual projections use init_std / sqrt(2 L).
@@ -208,15 +208,41 @@ def _norm(config: DecoderConfig, name: str | None = None) -> nn.Module:
     return nn.remat(nn.LayerNorm)(use_bias=config.use_bias, **style)
 
 
+class _OutputsFirst(nn.Module):
+    """A dense layer whose matrix lies [*features, I] in memory: an output is the sum over one unbroken row.
+
+    A product with a single token then is one kernel on a GPU that reads at the rate of memory; with the inputs first
+    XLA writes all products out before it adds them up (1.2 instead of 1.0 ms a step of Llama-1B's shape on an H200).
+    """
+
+    features: tuple[int, ...]
+    use_bias: bool
+    dtype: Any
+    param_dtype: Any
+    kernel_init: Any
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("transposed", self.kernel_init, (*self.features, x.shape[-1]), self.param_dtype)
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        out = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (kernel.ndim - 1,)), ((), ())))
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, self.features, self.param_dtype)
+            out += jnp.broadcast_to(bias.astype(self.dtype), out.shape)
+        return out
+
+
 def _projection(config: DecoderConfig, features, *, residual: bool = False, use_bias: bool | None = None):
     std = config.init_std / (2 * config.num_layers) ** 0.5 if residual else config.init_std
-    return (nn.Dense if isinstance(features, int) else nn.DenseGeneral)(
-        features,
-        use_bias=config.use_bias if use_bias is None else use_bias,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        kernel_init=nn.initializers.normal(std),
-    )
+    style = {
+        "use_bias": config.use_bias if use_bias is None else use_bias,
+        "dtype": config.dtype,
+        "param_dtype": config.param_dtype,
+        "kernel_init": nn.initializers.normal(std),
+    }
+    if config.fused:
+        return _OutputsFirst((features,) if isinstance(features, int) else features, **style)
+    return (nn.Dense if isinstance(features, int) else nn.DenseGeneral)(features, **style)
 
 
 @jax.checkpoint
@@ -437,13 +463,16 @@ def classifier(params, config: DecoderConfig) -> tuple[jax.Array, Literal["vd", 
 
 
 def fuse_projections(params, config: DecoderConfig) -> tuple[Any, DecoderConfig]:
-    """The same network with `config.fused`: one matrix for query, key and value, one for gate and up.
+    """The same network with `config.fused`, which decodes faster: fewer, larger products and unbroken rows.
+
+    Query, key and value become one matrix [G, H / G + 2, K, D], gate and up [2, F, D]; the others are transposed.
+    Adapters (`jaxskip.nn.merge_lora`) are merged before, and files are saved from the unfused parameters.
 
     >>> model = Decoder(decoder_config("gpt2-tiny"))
     >>> params = model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     >>> fused, config = fuse_projections(params, model.config)
-    >>> fused["layers"]["attention"]["qkv"]["kernel"].shape
-    (2, 64, 2, 3, 32)
+    >>> fused["layers"]["attention"]["qkv"]["transposed"].shape
+    (2, 2, 3, 32, 64)
     """
     if config.fused:
         return params, config
@@ -457,6 +486,12 @@ def fuse_projections(params, config: DecoderConfig) -> tuple[Any, DecoderConfig]
     if config.activation == "swiglu":
         gate, up = mlp.pop("gate"), mlp.pop("up")
         mlp["gate_up"] = jax.tree.map(lambda *x: jnp.stack(x, axis=-2), gate, up)
+
+    def outputs_first(projection):  # kernel [L, I, *features] -> [L, *features, I]
+        kernel = projection.pop("kernel")
+        return {**projection, "transposed": jnp.moveaxis(kernel, 1, -1)}
+
+    attention, mlp = ({name: outputs_first({**x}) for name, x in block.items()} for block in (attention, mlp))
     layers = {**params["layers"], "attention": attention, "mlp": mlp}
     return {**params, "layers": layers}, dataclasses.replace(config, fused=True)
 
@@ -468,11 +503,13 @@ PARTITION_RULES = (
     (r"positions/embedding", P(None, "fsdp")),
     (r"layers/.*/(query|key|value|up|gate)/kernel", P(None, "fsdp", "tensor")),
     (r"layers/.*/(query|key|value|up|gate)/bias", P(None, "tensor")),
-    (r"layers/.*/qkv/kernel", P(None, "fsdp", "tensor")),
+    (r"layers/.*/qkv/transposed", P(None, "tensor", None, None, "fsdp")),
+    (r"layers/.*/up/transposed", P(None, "tensor", "fsdp")),
+    (r"layers/.*/gate_up/transposed", P(None, None, "tensor", "fsdp")),
     (r"layers/.*/qkv/bias", P(None, "tensor")),
-    (r"layers/.*/gate_up/kernel", P(None, "fsdp", None, "tensor")),
     (r"layers/.*/gate_up/bias", P(None, None, "tensor")),
     (r"layers/.*/(out|down)/kernel", P(None, "tensor", "fsdp")),
+    (r"layers/.*/(out|down)/transposed", P(None, "fsdp", "tensor")),
     (r"layers/.*/(out|down)/bias", P()),
     (r"(layers/.*|final)_norm/(scale|bias)", P()),
     (r"head", P("fsdp", "tensor")),
@@ -489,8 +526,7 @@ def decay_mask(params) -> Any:
     """
 
     def decayed(path, _):
-        return (
-            re.fullmatch(r"layers/.*/kernel|head", jax.tree_util.keystr(path, simple=True, separator="/")) is not None
-        )
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return re.fullmatch(r"layers/.*/(kernel|transposed)|head", name) is not None
 
     return jax.tree_util.tree_map_with_path(decayed, params)

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 def init_lora(key: jax.Array, params, *, rank: int = 8, targets: Sequence[str] | None = None) -> dict[str, Any]:
     """Adapters for the matrices of a decoder's layers: "layers/mlp/up" -> {"a": [L, I, R], "b": [L, R, O]}.
 
-    `targets` are names of projections ("query", "value", "out", "gate", "up", "down", fused ones "qkv", "gate_up");
-    None takes all. `a` is normal with deviation 1 / sqrt(I), `b` zero, so the network starts unchanged; float32.
+    `targets` are names of projections ("query", "key", "value", "out", "gate", "up", "down"); None takes all.
+    `a` is normal with deviation 1 / sqrt(I), `b` zero, so the network starts unchanged; float32.
 
-    Raises ValueError for unrolled layers, for a target that is not there, and for a rank below 1.
+    Raises ValueError for unrolled or fused layers, for a target that is not there, and for a rank below 1.
 
     >>> from jaxskip.models import Decoder, decoder_config
     >>> model = Decoder(decoder_config("gpt2-tiny"))
@@ -29,6 +29,8 @@ def init_lora(key: jax.Array, params, *, rank: int = 8, targets: Sequence[str] |
     """
     if isinstance(params["layers"], tuple):
         raise ValueError("adapters are for stacked layers: add and merge them before unstack_layers")
+    if "qkv" in params["layers"]["attention"]:
+        raise ValueError("adapters are for separate projections: add and merge them before fuse_projections")
     if rank < 1:
         raise ValueError(f"rank is {rank}; it must be at least 1")
     kernels = {name: leaf for name, leaf in _leaves(params) if name.startswith("layers/") and name.endswith("/kernel")}

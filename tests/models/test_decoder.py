@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxskip.models import DECODER_PARTITION_RULES, Decoder, DecoderConfig, classifier, decay_mask, decoder_config
+from jaxskip.models import (
+    DECODER_PARTITION_RULES,
+    Decoder,
+    DecoderConfig,
+    classifier,
+    decay_mask,
+    decoder_config,
+    fuse_projections,
+)
 from jaxskip.training import make_mesh, param_shardings
 
 TINY = {"vocab_size": 96, "context_length": 16, "num_layers": 2, "num_heads": 4, "embed_dim": 32, "dtype": jnp.float32}
@@ -127,10 +135,12 @@ def test_sharded_logits_are_those_of_one_device(config, axes):
 def test_tensor_axis_splits_every_matrix_of_a_layer():
     params = jax.eval_shape(lambda: Decoder(LLAMA).init(jax.random.key(0), jnp.asarray(TOKENS))["params"])
     mesh = make_mesh(2, 2, 2)
-    specs = jax.tree.map(lambda s: s.spec, param_shardings(params, mesh, DECODER_PARTITION_RULES))
-    for module, names in {"attention": ("query", "key", "value", "out"), "mlp": ("up", "gate", "down")}.items():
-        for name in names:
-            assert {"tensor", "fsdp"} <= set(specs["layers"][module][name]["kernel"]), name
+    for tree in (params, jax.eval_shape(lambda p: fuse_projections(p, LLAMA)[0], params)):
+        specs = jax.tree.map(lambda s: s.spec, param_shardings(tree, mesh, DECODER_PARTITION_RULES))
+        for module in ("attention", "mlp"):
+            for name, projection in specs["layers"][module].items():
+                (matrix,) = projection.values()
+                assert {"tensor", "fsdp"} <= set(matrix), name
 
 
 def test_decay_mask_names_matrices_only():

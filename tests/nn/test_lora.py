@@ -49,16 +49,6 @@ def test_merging_adds_the_scaled_product():
     assert (merged["layers"]["mlp"]["up"]["kernel"] == PARAMS["layers"]["mlp"]["up"]["kernel"]).all()
 
 
-def test_fused_projections_take_adapters_of_their_own_shape():
-    fused, _ = fuse_projections(PARAMS, CONFIG)
-    adapters = full(init_lora(jax.random.key(1), fused, rank=2, targets=("qkv",)))
-    a, b = adapters["layers/attention/qkv"]["a"], adapters["layers/attention/qkv"]["b"]
-    assert b.shape == (2, 2, 2, 4, 4)
-    merged = merge_lora(fused, adapters, alpha=2.0)
-    change = merged["layers"]["attention"]["qkv"]["kernel"] - fused["layers"]["attention"]["qkv"]["kernel"]
-    np.testing.assert_allclose(change, np.einsum("lir,lrgnk->lignk", a, b), atol=1e-5)  # as above
-
-
 @pytest.mark.slow
 def test_only_what_is_labelled_is_trained():
     start = {"base": PARAMS, "lora": init_lora(jax.random.key(1), PARAMS, rank=2)}
@@ -94,6 +84,7 @@ def test_merged_weights_keep_their_dtype():
         (lambda: init_lora(jax.random.key(0), PARAMS, targets=("query", "qkv")), "no projection is called qkv"),
         (lambda: init_lora(jax.random.key(0), PARAMS, rank=0), "rank is 0"),
         (lambda: init_lora(jax.random.key(0), unstack_layers(PARAMS)), "before unstack_layers"),
+        (lambda: init_lora(jax.random.key(0), fuse_projections(PARAMS, CONFIG)[0]), "before fuse_projections"),
         (
             lambda: merge_lora(fuse_projections(PARAMS, CONFIG)[0], init_lora(jax.random.key(0), PARAMS)),
             "no matrix for the adapters of layers/attention/key",
