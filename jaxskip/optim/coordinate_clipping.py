@@ -44,9 +44,9 @@ def top_coordinate_threshold(tree: Any, fraction: ArrayLike, *, method: str = "s
     """The magnitude tau that at most floor(N fraction) of the N entries of all leaves exceed.
 
     "sort" takes entry floor(N fraction) of the sorted magnitudes: exact, O(N log N), and a gather of what is sharded.
-    "histogram" counts the magnitudes by their upper 16 bits (the bfloat16 numbers) and takes the lower edge of the bin
-    that holds the exact tau: at most 0.8 % below it, exact for bfloat16 entries; one read and, where the leaves are
-    sharded, one all-reduce of 128 KiB.
+    "histogram" bins the magnitudes by their upper 16 bits (the bfloat16 numbers) and takes the lower edge of the bin
+    that holds the exact tau: at most 0.8 % below it, exact for bfloat16 entries. It finds the bin bit by bit: 15 reads
+    and, where the leaves are sharded, 15 all-reduces of one number.
 
     Args:
       tree: pytree of float arrays, N < 2^31 entries in all; 1 at least.
@@ -76,14 +76,26 @@ def top_coordinate_threshold(tree: Any, fraction: ArrayLike, *, method: str = "s
         magnitudes = jnp.sort(jnp.concatenate([jnp.abs(leaf).astype(dtype).ravel() for leaf in leaves]))
         tau = magnitudes[n - 1 - jnp.minimum(rank, n - 1)]
     else:
-        counts = jnp.zeros(2**15, jnp.int32)
+        tau = _lower_edge(leaves, jnp.minimum(rank, n - 1))
+    return jnp.where(jnp.asarray(fraction) <= 0, jnp.inf, jnp.where(rank >= n, 0, tau)).astype(tau.dtype)
+
+
+def _lower_edge(leaves, rank):
+    """The largest bfloat16 number, in float32, that more than `rank` magnitudes reach: bit by bit.
+
+    On a GPU 15 counts take a tenth of the time of adding to the bins of a table.
+    """
+
+    def add_bit(i, edge):
+        candidate = edge + (jnp.uint32(2**30) >> i.astype(jnp.uint32))
+        count = 0
         for leaf in leaves:  # one by one: a concatenation would gather sharded leaves
             bits = jax.lax.bitcast_convert_type(jnp.abs(leaf).astype(jnp.float32), jnp.uint32)
-            counts += jnp.zeros(2**15, jnp.int32).at[bits >> 16].add(1)
-        above = jnp.cumsum(counts[::-1])[::-1]
-        edge = jnp.sum(above > jnp.minimum(rank, n - 1)) - 1
-        tau = jax.lax.bitcast_convert_type(edge.astype(jnp.uint32) << 16, jnp.float32)
-    return jnp.where(jnp.asarray(fraction) <= 0, jnp.inf, jnp.where(rank >= n, 0, tau)).astype(tau.dtype)
+            count += jnp.sum(bits >= candidate, dtype=jnp.int32)
+        return jnp.where(count > rank, candidate, edge)
+
+    edge = jax.lax.fori_loop(0, 15, add_bit, jnp.uint32(0))
+    return jax.lax.bitcast_convert_type(edge, jnp.float32)
 
 
 def clip_top_coordinates(
