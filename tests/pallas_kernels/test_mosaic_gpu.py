@@ -163,8 +163,10 @@ def check_bound(de, dc, spec, operands, labels, lse, g, h, eps):
     out = (p < eps * 1.01) & (np.arange(p.shape[1]) != np.asarray(labels)[:, None])
     moved = eps * np.abs(g + h)[:, None] * out
     rounding = 2.0**-7
-    bound_e = moved @ np.abs(c) * spec.filter_embeddings + rounding * np.abs(exact_e).max()
+    by_entry = spec.classifier_layout == "vd"
+    bound_e = moved @ np.abs(c if by_entry else c.T) * spec.filter_embeddings + rounding * np.abs(exact_e).max()
     bound_c = moved.T @ np.abs(e) * spec.filter_classifier + rounding * np.abs(exact_c).max()
+    bound_c = bound_c if by_entry else bound_c.T
     assert (np.abs(de.astype(jnp.float32) - exact_e) <= bound_e).all()
     assert (np.abs(dc.astype(jnp.float32) - exact_c) <= bound_c).all()
 
