@@ -136,7 +136,7 @@ def _table(entries: dict, rate: float | None) -> Table:
                 round(entry["least"], 3),
                 round(1e3 * batch / entry["ms"]),
                 read and round(read, 1),
-                floor and round(floor, 3),
+                floor,
                 floor and round(entry["ms"] / floor, 2),
                 share and round(share, 2),
                 None if entry["mb"] is None else round(entry["mb"], 1),
