@@ -108,6 +108,7 @@ def generate(
     sharding = _cache_sharding(config, params, batch, stacked)
     cache = caches.empty_cache(config, layout, batch, slots, room, stacked, sharding)
     logits, cache, state, prefill_ran = _prefill(config, policy, params, policy_params, tokens, lengths, cache)
+    config = _config_on(sharding, config)
     policy, cache, state = policy.settle(cache, state)
     layout = policy.layout(config.num_layers)
 
@@ -183,6 +184,7 @@ def score(
     sharding = _cache_sharding(config, params, batch, stacked)
     cache = caches.empty_cache(config, layout, batch, slots, max(1, rounds * policy.period), stacked, sharding)
     logits, cache, state, _ = _prefill(config, policy, params, policy_params, prompts, lengths, cache)
+    config = _config_on(sharding, config)
     policy, cache, state = policy.settle(cache, state)
     given = np.zeros((batch, rounds * policy.period + 1), np.int32)
     given[:, : steps + 1] = tokens[:, prompt_length:]
@@ -355,6 +357,11 @@ def _checked_prompts(config, prompts, max_new_tokens: int) -> tuple[np.ndarray, 
             raise ValueError(f"prompts hold token ids 0 .. {config.vocab_size - 1}, not {prompt[:8]} ({prompt.dtype})")
         row[: len(prompt)] = prompt
     return tokens, lengths
+
+
+def _config_on(sharding, config):
+    """The configuration for decoding: XLA cannot split the kernel of `decode_attention` over a mesh."""
+    return config if sharding is None else dataclasses.replace(config, attention="xla")
 
 
 def _cache_sharding(config, params, batch: int, stacked: bool):

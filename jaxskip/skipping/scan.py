@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxskip.models import decoder
 from jaxskip.skipping import cache as caches
+from pallas_kernels.skip_attention import decode_attention
 
 
 def when(wanted, run: Callable, *state) -> Any:
@@ -167,10 +168,10 @@ def cached_attention(config, layout: caches.CacheLayout, lengths_B, prompt_slots
             if q is None:
                 return None, new
             keys, values = caches.read(new, group, position)
-            slot = jnp.arange(keys.shape[1])[None]
-            visible = (slot < lengths_B[:, None]) | ((slot >= prompt_slots) & (slot < prompt_slots + count))
-            mask = visible[:, None, None, :]
-            return jax.nn.dot_product_attention(q, keys, values, mask=mask, implementation="xla"), new
+            recent = prompt_slots, count
+            kernel = None if config.attention is None else "xla"
+            out = decode_attention(q[:, 0], keys, values, lengths=lengths_B, recent=recent, implementation=kernel)
+            return out[:, None], new
 
         group = _pick(groups, layer) if len(layout.groups) > 1 else 0
         if isinstance(group, int | np.integer):

@@ -14,8 +14,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.linear_cross_entropy import hopper_tiles as hopper
-from pallas_kernels.linear_cross_entropy import slabs
+from pallas_kernels import hopper
+from pallas_kernels.linear_cross_entropy import hopper_tiles, slabs
 from pallas_kernels.linear_cross_entropy.chunked import loop_over_tiles
 
 # Below this, computing every entry costs no more than finding those that the filter keeps.
@@ -103,16 +103,16 @@ def _entries(spec, e, c, labels, lse, gh, maxima):
     ``maxima`` shows one.
     """
     tokens, vocabulary = e.shape[0], c.shape[spec.classifier_layout.index("v")]
-    bands, columns = pl.cdiv(tokens, hopper.ROWS), pl.cdiv(vocabulary, hopper.COLUMNS)
-    tiles, half = bands * columns, hopper.ROWS // 2
-    padding = (0, bands * hopper.ROWS - tokens)
+    bands, columns = pl.cdiv(tokens, hopper_tiles.ROWS), pl.cdiv(vocabulary, hopper_tiles.COLUMNS)
+    tiles, half = bands * columns, hopper_tiles.ROWS // 2
+    padding = (0, bands * hopper_tiles.ROWS - tokens)
     least = jnp.pad(jnp.where(gh == 0, jnp.inf, lse + math.log(spec.filter_eps)), padding, constant_values=jnp.inf)
     kept = maxima.astype(jnp.float32) >= least[None, :]
     # One bit a row, 32 to a word.
     words = kept.reshape(columns, -1, 32).astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32)[None, None]
     words = lax.bitcast_convert_type(words.sum(-1, dtype=jnp.uint32), jnp.int32)
-    band, column = hopper.grouped(jnp.arange(tiles, dtype=jnp.int32), bands, columns)
-    used = kept.reshape(columns, bands, hopper.ROWS).any(-1)[column, band]
+    band, column = hopper_tiles.grouped(jnp.arange(tiles, dtype=jnp.int32), bands, columns)
+    used = kept.reshape(columns, bands, hopper_tiles.ROWS).any(-1)[column, band]
     # Each kept maximum is an entry or the label. Too many: find none, and say that they do not fit.
     fits = kept.sum() - tokens <= tokens * _ENTRIES_PER_TOKEN
     used &= fits
@@ -125,21 +125,21 @@ def _entries(spec, e, c, labels, lse, gh, maxima):
         count = (used_g[0] - block + hopper.MULTIPROCESSORS - 1) // hopper.MULTIPROCESSORS
 
         def tile_at(t):
-            return hopper.grouped(chosen_g[block + t * hopper.MULTIPROCESSORS], bands, columns)
+            return hopper_tiles.grouped(chosen_g[block + t * hopper.MULTIPROCESSORS], bands, columns)
 
         def compute(group, tile_logits):
             out = block * 2 + group
 
             def tile(t, found):
                 band, column = tile_at(t)
-                first_row = band * hopper.ROWS + group * half
+                first_row = band * hopper_tiles.ROWS + group * half
                 rows = pl.ds(first_row, half)
                 products = tile_logits(t)
                 lse, own = hopper.rows(lse_g.at[rows]), hopper.rows(labels_g.at[rows])
                 words = [words_g[column, band * 4 + group * 2 + i] for i in range(2)]
-                for part in range(hopper.COLUMNS // _PART):
-                    first = column * hopper.COLUMNS + part * _PART
-                    z = hopper.finished(spec, products[:, part * _PART : (part + 1) * _PART], None, first)
+                for part in range(hopper_tiles.COLUMNS // _PART):
+                    first = column * hopper_tiles.COLUMNS + part * _PART
+                    z = hopper_tiles.finished(spec, products[:, part * _PART : (part + 1) * _PART], None, first)
                     here = plgpu.broadcasted_iota(jnp.int32, z.shape, 1, layout=plgpu.Layout.WGMMA) + first
                     p = jnp.exp2((z - hopper.across(lse, z)) * hopper.LOG2E)
                     p = jnp.where((here == hopper.across(own, z)) | (here >= vocabulary), 0.0, p)
@@ -182,7 +182,7 @@ def _entries(spec, e, c, labels, lse, gh, maxima):
 
             counts_g[out] = lax.fori_loop(0, count, tile, jnp.int32(0))
 
-        hopper.run(spec, {"e_g": e_g, "c_g": c_g}, tile_at, count, compute, **pipeline)
+        hopper_tiles.run(spec, {"e_g": e_g, "c_g": c_g}, tile_at, count, compute, **pipeline)
 
     lists = (2 * hopper.MULTIPROCESSORS, capacity)
     outputs = [jax.ShapeDtypeStruct(lists, dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)]
@@ -190,9 +190,9 @@ def _entries(spec, e, c, labels, lse, gh, maxima):
     # The part of a tile that is searched, in global memory: single values cannot be read from tiled shared memory.
     outputs.append(jax.ShapeDtypeStruct((lists[0], half, _PART), jnp.float32))
     per_row = jnp.pad(lse, padding), jnp.pad(labels, padding, constant_values=-1)
-    kernel = hopper.kernel(body, tuple(outputs), hopper.pipeline(spec), hopper.MULTIPROCESSORS)
+    kernel = hopper_tiles.kernel(body, tuple(outputs), hopper_tiles.pipeline(spec), hopper.MULTIPROCESSORS)
     row, column, p, counts, _ = kernel(
-        *hopper.operands(spec, e, c), chosen, used.sum(dtype=jnp.int32)[None], words, *per_row
+        *hopper_tiles.operands(spec, e, c), chosen, used.sum(dtype=jnp.int32)[None], words, *per_row
     )
     return row, column, p, jnp.where(fits, counts, capacity + 1)
 
@@ -200,7 +200,7 @@ def _entries(spec, e, c, labels, lse, gh, maxima):
 def _row_sums(x, index, weight, starts, factor, base, dtype):
     """factor[i] * base + sum of weight[k] * x[index[k]] over k from starts[i] to starts[i + 1], for each i."""
     width, rows, together = x.shape[1], factor.shape[0], 4
-    x, base = hopper.padded(x, (1, 128)), hopper.padded(base, (128,))
+    x, base = hopper_tiles.padded(x, (1, 128)), hopper_tiles.padded(base, (128,))
     rows_a_block = pl.cdiv(rows, 32 * hopper.MULTIPROCESSORS)
 
     def body(x_g, index_g, weight_g, starts_g, factor_g, base_g, out_g):

@@ -7,12 +7,12 @@ memory, two compute warpgroups multiply 64 tokens each and go on with the produc
 import math
 from typing import Any
 
-import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.hopper import LOG2E, MULTIPROCESSORS, PARAMS, TRANSFORMS, load, transposed
 from pallas_kernels.linear_cross_entropy.reference import Spec
 
 ROWS, COLUMNS = 128, 256  # of a tile of logits
@@ -20,12 +20,7 @@ _DEPTH = 64  # of the embedding width, in one stage of the pipeline
 _STAGES = 4
 _LEAD = 2  # steps by which the first compute warpgroup is ahead: while one reduces its tile, the other multiplies
 _BANDS_TOGETHER = 16  # bands of rows at work at a time: what they read stays in the L2 cache
-MULTIPROCESSORS = 132
-LOG2E = math.log2(math.e)
 LOWEST = -1e30  # the logit of a vocabulary entry that does not exist
-_BEFORE_0_11 = jax.__version_info__ < (0, 11)
-TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
 
 
 def run(spec, named, tile_at, count, compute, e_s, c_s, full, empty, lead):
@@ -73,7 +68,7 @@ def run(spec, named, tile_at, count, compute, e_s, c_s, full, empty, lead):
                     plgpu.barrier_wait(full.at[slot])
                     c_tile = c_s.at[slot]
                     if layout == "vd":
-                        c_tile = plgpu.transpose_ref(c_tile, (1, 0)) if _BEFORE_0_11 else c_tile.T
+                        c_tile = transposed(c_tile)
                     plgpu.wgmma(acc, e_s.at[slot, pl.ds(group * (ROWS // 2), ROWS // 2)], c_tile)
                     plgpu.wgmma_wait(1)
 
@@ -149,7 +144,7 @@ def padded(x, multiples):
 def finished(spec, z, b_g, start):
     """The logits of the vocabulary entries from ``start``, from their products."""
     if b_g is not None:
-        bias = _load(b_g.at[pl.ds(start, z.shape[1])], plgpu.Layout.WGMMA.reduce(0))
+        bias = load(b_g.at[pl.ds(start, z.shape[1])], plgpu.Layout.WGMMA.reduce(0))
         z += lax.broadcast_in_dim(bias, z.shape, [1])
     if spec.softcap is None:
         return z
@@ -163,28 +158,3 @@ def masked(z, start, vocabulary, value):
         return z
     column = plgpu.broadcasted_iota(jnp.int32, z.shape, 1, layout=plgpu.Layout.WGMMA)
     return jnp.where(column + start < vocabulary, z, value)
-
-
-def rows(ref):
-    """Values per row of a tile, in the layout of its row reductions."""
-    return _load(ref, plgpu.Layout.WGMMA.reduce(1))
-
-
-def _load(ref, layout):
-    index = ((),) if _BEFORE_0_11 else ()
-    return plgpu.load(ref, *index, layout=layout, optimized=False)
-
-
-def store(ref, value):
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref, value, optimized=False)
-    else:
-        ref[...] = value
-
-
-def across(x, tile):
-    return lax.broadcast_in_dim(x, tile.shape, [0])
-
-
-def row_vector(value):
-    return plgpu.layout_cast(jnp.full((ROWS // 2,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))

@@ -13,8 +13,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.linear_cross_entropy import hopper_filter, slabs
-from pallas_kernels.linear_cross_entropy import hopper_tiles as hopper
+from pallas_kernels import hopper
+from pallas_kernels.linear_cross_entropy import hopper_filter, hopper_tiles, slabs
 from pallas_kernels.linear_cross_entropy.noise import PERIOD, Draw, threefry, uniform_of
 from pallas_kernels.linear_cross_entropy.reference import Spec
 
@@ -53,34 +53,34 @@ def _scan(spec, e, c, b, draw, saving):
     All but the first are None where they are not needed.
     """
     tokens, vocabulary = e.shape[0], c.shape[spec.classifier_layout.index("v")]
-    bands, columns = pl.cdiv(tokens, hopper.ROWS), pl.cdiv(vocabulary, hopper.COLUMNS)
-    splits = hopper.splits(bands, columns)
+    bands, columns = pl.cdiv(tokens, hopper_tiles.ROWS), pl.cdiv(vocabulary, hopper_tiles.COLUMNS)
+    splits = hopper_tiles.splits(bands, columns)
     summing = bool(spec.label_smoothing) and spec.softcap is not None
-    padding = (0, bands * hopper.ROWS - tokens)
-    inputs = {"b_g": None if b is None else hopper.padded(b.astype(jnp.float32), (hopper.COLUMNS,))}
+    padding = (0, bands * hopper_tiles.ROWS - tokens)
+    inputs = {"b_g": None if b is None else hopper_tiles.padded(b.astype(jnp.float32), (hopper_tiles.COLUMNS,))}
     if draw is not None:
         inputs |= {"key_g": draw.key, "ids_g": lax.bitcast_convert_type(jnp.pad(draw.token_ids, padding), jnp.int32)}
     inputs = {name: x for name, x in inputs.items() if x is not None}
     per_split = ["lse", *(["sum"] if summing else []), *([] if draw is None else ["best", "label"])]
-    per_row = jax.ShapeDtypeStruct((len(per_split), splits, bands * hopper.ROWS), jnp.float32)
+    per_row = jax.ShapeDtypeStruct((len(per_split), splits, bands * hopper_tiles.ROWS), jnp.float32)
     outputs = {"out_g": per_row}
     if saving:
-        outputs["max_g"] = jax.ShapeDtypeStruct((columns, bands * hopper.ROWS), jnp.bfloat16)
+        outputs["max_g"] = jax.ShapeDtypeStruct((columns, bands * hopper_tiles.ROWS), jnp.bfloat16)
 
     def body(*refs, out_s, max_s, **pipeline):
         named = dict(zip(("e_g", "c_g", *inputs, *outputs), refs, strict=True))
-        band, split = hopper.grouped(lax.axis_index("block"), bands, splits)
+        band, split = hopper_tiles.grouped(lax.axis_index("block"), bands, splits)
         first, last = split * columns // splits, (split + 1) * columns // splits
 
         def compute(group, tile_logits):
-            rows = pl.ds(band * hopper.ROWS + group * (hopper.ROWS // 2), hopper.ROWS // 2)
+            rows = pl.ds(band * hopper_tiles.ROWS + group * (hopper_tiles.ROWS // 2), hopper_tiles.ROWS // 2)
 
             def tile(t, carry):
-                start = (first + t) * hopper.COLUMNS
-                z = hopper.finished(spec, tile_logits(t), named.get("b_g"), start)
+                start = (first + t) * hopper_tiles.COLUMNS
+                z = hopper_tiles.finished(spec, tile_logits(t), named.get("b_g"), start)
                 if summing:
-                    carry["sum"] += jnp.sum(hopper.masked(z, start, vocabulary, 0.0), axis=1)
-                z = hopper.masked(z, start, vocabulary, hopper.LOWEST)
+                    carry["sum"] += jnp.sum(hopper_tiles.masked(z, start, vocabulary, 0.0), axis=1)
+                z = hopper_tiles.masked(z, start, vocabulary, hopper_tiles.LOWEST)
                 tile_top = jnp.max(z, axis=1)
                 if saving:
                     # Rounded to bfloat16 a maximum could fall below the threshold: round it up.
@@ -99,7 +99,8 @@ def _scan(spec, e, c, b, draw, saving):
                 return carry | {"top": top, "total": total}
 
             carry = {name: hopper.row_vector(0.0) for name in ("total", *per_split[1:])}
-            carry |= {name: hopper.row_vector(hopper.LOWEST) for name in ("top", "best") if name in ("top", *per_split)}
+            lowest = ["top"] if draw is None else ["top", "best"]
+            carry |= {name: hopper.row_vector(hopper_tiles.LOWEST) for name in lowest}
             carry = lax.fori_loop(0, last - first, tile, carry)
             carry["lse"] = carry["top"] + jnp.log(carry["total"])
             for i, name in enumerate(per_split):
@@ -109,14 +110,14 @@ def _scan(spec, e, c, b, draw, saving):
                 plgpu.copy_smem_to_gmem(out_s.at[group, i], named["out_g"].at[i, split, rows])
             plgpu.wait_smem_to_gmem(0)
 
-        hopper.run(spec, named, lambda t: (band, first + t), last - first, compute, **pipeline)
+        hopper_tiles.run(spec, named, lambda t: (band, first + t), last - first, compute, **pipeline)
 
-    scratch = hopper.pipeline(spec) | {
-        "out_s": plgpu.SMEM((2, len(per_split), hopper.ROWS // 2), jnp.float32),
-        "max_s": plgpu.SMEM((2, hopper.ROWS // 2), jnp.bfloat16),
+    scratch = hopper_tiles.pipeline(spec) | {
+        "out_s": plgpu.SMEM((2, len(per_split), hopper_tiles.ROWS // 2), jnp.float32),
+        "max_s": plgpu.SMEM((2, hopper_tiles.ROWS // 2), jnp.bfloat16),
     }
-    kernel = hopper.kernel(body, tuple(outputs.values()), scratch, bands * splits)
-    out, *maxima = kernel(*hopper.operands(spec, e, c), *inputs.values())
+    kernel = hopper_tiles.kernel(body, tuple(outputs.values()), scratch, bands * splits)
+    out, *maxima = kernel(*hopper_tiles.operands(spec, e, c), *inputs.values())
     found = dict(zip(per_split, out[:, :, :tokens], strict=True))
     lse = jax.nn.logsumexp(found["lse"], axis=0)
     drawn = None
@@ -177,39 +178,39 @@ def backward(spec: Spec, e, c, b, labels, lse, g, h, scale, maxima=None):
 def _logit_gradients(spec, e, c, b, labels, lse, g, h, start, size):
     """The gradient [N, size] of the logits from ``start``, in the operands' dtype."""
     tokens, vocabulary = e.shape[0], c.shape[spec.classifier_layout.index("v")]
-    bands, columns = pl.cdiv(tokens, hopper.ROWS), pl.cdiv(size, hopper.COLUMNS)
+    bands, columns = pl.cdiv(tokens, hopper_tiles.ROWS), pl.cdiv(size, hopper_tiles.COLUMNS)
     tiles = bands * columns
     start = jnp.asarray(start, jnp.int32)
     # Per token: log-sum-exp, g + h, what the label takes off, what smoothing takes off every entry.
     rows_in = jnp.stack([lse, g + h, (1 - spec.label_smoothing) * g, spec.label_smoothing / spec.classes * g])
-    padding = ((0, 0), (0, bands * hopper.ROWS - tokens))
+    padding = ((0, 0), (0, bands * hopper_tiles.ROWS - tokens))
     rows_in = jnp.pad(rows_in.astype(jnp.float32), padding)
     labels = jnp.pad(labels - start, padding[1])
 
-    bias = () if b is None else (hopper.padded(b.astype(jnp.float32), (hopper.COLUMNS,)),)
+    bias = () if b is None else (hopper_tiles.padded(b.astype(jnp.float32), (hopper_tiles.COLUMNS,)),)
 
     def body(*refs, out_s, **pipeline):
         names = ("e_g", "c_g", *(() if b is None else ("b_g",)), "start_g", "rows_g", "labels_g", "out_g")
         named = dict(zip(names, refs, strict=True))
         block = lax.axis_index("block")
-        first = named["start_g"][0] // hopper.COLUMNS
+        first = named["start_g"][0] // hopper_tiles.COLUMNS
         count = (tiles - block + hopper.MULTIPROCESSORS - 1) // hopper.MULTIPROCESSORS
 
         def tile_at(t):
-            band, column = hopper.grouped(block + t * hopper.MULTIPROCESSORS, bands, columns)
+            band, column = hopper_tiles.grouped(block + t * hopper.MULTIPROCESSORS, bands, columns)
             return band, first + column
 
         def compute(group, tile_logits):
             def tile(t, _):
                 band, column = tile_at(t)
-                rows = pl.ds(band * hopper.ROWS + group * (hopper.ROWS // 2), hopper.ROWS // 2)
+                rows = pl.ds(band * hopper_tiles.ROWS + group * (hopper_tiles.ROWS // 2), hopper_tiles.ROWS // 2)
                 products = tile_logits(t)
                 lse, gh, label_share, share = (hopper.rows(named["rows_g"].at[i, rows]) for i in range(4))
                 own = hopper.rows(named["labels_g"].at[rows])
-                for part in range(hopper.COLUMNS // 64):  # little by little, for want of registers
-                    first_out = (column - first) * hopper.COLUMNS + part * 64
+                for part in range(hopper_tiles.COLUMNS // 64):  # little by little, for want of registers
+                    first_out = (column - first) * hopper_tiles.COLUMNS + part * 64
                     z = products[:, part * 64 : (part + 1) * 64]
-                    z = hopper.finished(spec, z, named.get("b_g"), column * hopper.COLUMNS + part * 64)
+                    z = hopper_tiles.finished(spec, z, named.get("b_g"), column * hopper_tiles.COLUMNS + part * 64)
                     dz = jnp.exp2((z - hopper.across(lse, z)) * hopper.LOG2E) * hopper.across(gh, z)
                     here = plgpu.broadcasted_iota(jnp.int32, z.shape, 1, layout=plgpu.Layout.WGMMA) + first_out
                     dz -= jnp.where(here == hopper.across(own, z), hopper.across(label_share, z), 0.0)
@@ -217,7 +218,7 @@ def _logit_gradients(spec, e, c, b, labels, lse, g, h, start, size):
                         dz -= hopper.across(share, z)
                     if spec.softcap is not None:
                         dz *= 1 - z * z * spec.softcap**-2
-                    dz = hopper.masked(dz, column * hopper.COLUMNS + part * 64, vocabulary, 0.0)
+                    dz = hopper_tiles.masked(dz, column * hopper_tiles.COLUMNS + part * 64, vocabulary, 0.0)
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                     out_s[group, part % 2] = dz.astype(out_s.dtype)
                     plgpu.commit_smem()
@@ -226,14 +227,14 @@ def _logit_gradients(spec, e, c, b, labels, lse, g, h, start, size):
             lax.fori_loop(0, count, tile, None)
             plgpu.wait_smem_to_gmem(0)
 
-        hopper.run(spec, named, tile_at, count, compute, **pipeline)
+        hopper_tiles.run(spec, named, tile_at, count, compute, **pipeline)
 
-    scratch = hopper.pipeline(spec) | {
-        "out_s": plgpu.SMEM((2, 2, hopper.ROWS // 2, 64), spec.operand_dtype, transforms=hopper.TRANSFORMS),
+    scratch = hopper_tiles.pipeline(spec) | {
+        "out_s": plgpu.SMEM((2, 2, hopper_tiles.ROWS // 2, 64), spec.operand_dtype, transforms=hopper.TRANSFORMS),
     }
-    output = jax.ShapeDtypeStruct((bands * hopper.ROWS, columns * hopper.COLUMNS), spec.operand_dtype)
-    out = hopper.kernel(body, output, scratch, min(tiles, hopper.MULTIPROCESSORS))(
-        *hopper.operands(spec, e, c), *bias, start[None], rows_in, labels
+    output = jax.ShapeDtypeStruct((bands * hopper_tiles.ROWS, columns * hopper_tiles.COLUMNS), spec.operand_dtype)
+    out = hopper_tiles.kernel(body, output, scratch, min(tiles, hopper.MULTIPROCESSORS))(
+        *hopper_tiles.operands(spec, e, c), *bias, start[None], rows_in, labels
     )
     return out[:tokens, :size]
 

@@ -1,0 +1,49 @@
+"""What Mosaic GPU kernels for NVIDIA Hopper share: constants, layouts, and names that JAX changed."""
+
+import math
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+MULTIPROCESSORS = 132
+ROWS = 64  # of a matrix product of one warpgroup
+LOG2E = math.log2(math.e)
+BEFORE_0_11 = jax.__version_info__ < (0, 11)
+# How the copy engine and the tensor cores want tiles in shared memory: of 16-bit numbers, and of float32.
+TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+TRANSFORMS_F32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
+
+
+def transposed(ref):
+    """A tile in shared memory read the other way round."""
+    return plgpu.transpose_ref(ref, (1, 0)) if BEFORE_0_11 else ref.T
+
+
+def load(ref, layout):
+    index = ((),) if BEFORE_0_11 else ()
+    return plgpu.load(ref, *index, layout=layout, optimized=False)
+
+
+def store(ref, value):
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
+def rows(ref):
+    """Values per row of a product, in the layout of its row reductions."""
+    return load(ref, plgpu.Layout.WGMMA.reduce(1))
+
+
+def row_vector(value):
+    """The same value for each row of a product."""
+    return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+
+
+def across(x, tile):
+    """A value per row for all columns of a tile."""
+    return lax.broadcast_in_dim(x, tile.shape, [0])
