@@ -3,8 +3,9 @@
 ``linear_cross_entropy`` is the loss, ``sample_linear_categorical`` draws labels from the model's own distribution and
 ``sampled_linear_cross_entropy`` is the loss on such labels (the Gauss-Newton-Bartlett estimator). An implementation is
 a module of this package, named as in the registries below, with some of ``forward``, ``backward`` and
-``forward_backward`` (see ``chunked``); one without ``backward`` is differentiated by JAX. ``forward_saving``, used when
-the gradient filter is on, returns forward's results and a tuple that ``backward`` gets as its last arguments.
+``forward_backward`` (see ``chunked``); one without ``backward`` is differentiated by JAX. ``one_pass`` says for which
+problems ``forward_backward`` is the better way to a loss with its gradients. ``forward_saving``, used when the gradient
+filter is on, returns forward's results and a tuple that ``backward`` gets as its last arguments.
 """
 
 import functools
@@ -288,7 +289,8 @@ def _loss(
     e, c, b = operands
     e, w = _rows(e), weights.reshape(-1)
     module, lse = _module(spec), None
-    if reduction != "none" and not return_lse and vocab_axis_name is None and hasattr(module, "forward_backward"):
+    total = reduction != "none" and not return_lse and vocab_axis_name is None
+    if total and hasattr(module, "one_pass") and module.one_pass(spec, e, c, b, target):
         e, c, b, w, target = _same_manual_axes((e, c, b, w, target))
         loss, labels = _total(spec, e, c, b, w, target)  # pyright: ignore[reportGeneralTypeIssues]
     else:
@@ -365,7 +367,8 @@ def _total(spec, e, c, b, weights, target):
 
 
 def _total_forward(spec, e, c, b, weights, target):
-    loss, labels, gradients = _module(spec).forward_backward(spec, e, c, b, weights, target)
+    run = _undifferentiated(spec, _module(spec).forward_backward)
+    loss, labels, gradients = run(e, c, b, weights, target)
     return ((weights * loss).sum(), labels), (loss, gradients)
 
 

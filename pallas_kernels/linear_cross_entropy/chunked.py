@@ -32,11 +32,11 @@ def tile_sizes(spec: Spec, tokens: int, vocabulary: int, drawing: bool = False) 
         return spec.block_sizes
     tokens, budget = max(tokens, 1), _TILE_BYTES[spec.target.platform] // 4
     least = min(_MIN_ROWS, tokens)
-    columns = _even(vocabulary, budget // least, PERIOD)
-    return _even(tokens, max(budget // columns, least), 8), columns
+    columns = even(vocabulary, budget // least, PERIOD)
+    return even(tokens, max(budget // columns, least), 8), columns
 
 
-def _even(total: int, most: int, multiple: int) -> int:
+def even(total: int, most: int, multiple: int) -> int:
     """The size of equal tiles of about ``most`` or fewer that cover ``total``, rounded up to ``multiple``."""
     if total <= most:
         return total
@@ -85,6 +85,11 @@ def backward(
 
     de, (dc, db) = loop_over_tiles(step, _zero_gradients(spec, e, c, b), e.shape[0], rows)
     return jax.tree.map(lambda x: x * scale, (de, dc, db))
+
+
+def one_pass(*_: Any) -> bool:
+    """Always: with a loss for all tokens together the gradients need no second look at the logits."""
+    return True
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -67,7 +67,7 @@ def gradients(spec, e, c, labels, z_label, lse, g, h, scale, maxima, logit_gradi
 
         axis = spec.classifier_layout.index("v")
         by_entry = c if axis == 0 else c.T
-        de = _row_sums(
+        de = row_sums(
             by_entry, column[order], weight[order], starts, background, c.sum(axis, dtype=jnp.float32), e.dtype
         )
         if not spec.filter_classifier:
@@ -76,7 +76,7 @@ def gradients(spec, e, c, labels, z_label, lse, g, h, scale, maxima, logit_gradi
         starts = jnp.searchsorted(column[order], jnp.arange(vocabulary + 1, dtype=jnp.int32)).astype(jnp.int32)
         total = jnp.einsum("n,nd->d", background, e.astype(jnp.float32))
         ones = jnp.ones(vocabulary, jnp.float32)
-        dc = _row_sums(e, own[order], weight[order], starts, ones, total, c.dtype)
+        dc = row_sums(e, own[order], weight[order], starts, ones, total, c.dtype)
         return de, dc if axis == 0 else dc.T
 
     def exact():
@@ -197,7 +197,7 @@ def _entries(spec, e, c, labels, lse, gh, maxima):
     return row, column, p, jnp.where(fits, counts, capacity + 1)
 
 
-def _row_sums(x, index, weight, starts, factor, base, dtype):
+def row_sums(x, index, weight, starts, factor, base, dtype):
     """factor[i] * base + sum of weight[k] * x[index[k]] over k from starts[i] to starts[i + 1], for each i."""
     width, rows, together = x.shape[1], factor.shape[0], 4
     x, base = hopper_tiles.padded(x, (1, 128)), hopper_tiles.padded(base, (128,))

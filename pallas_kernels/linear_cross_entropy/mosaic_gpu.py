@@ -1,8 +1,9 @@
 """NVIDIA Hopper: Pallas Mosaic GPU kernels.
 
 The forward pass keeps a running log-sum-exp of its tokens; the backward pass writes the gradient of one slab of logits
-(``slabs``) or works from a list of the entries that matter (``hopper_filter``). Every output is written by one thread
-block and every sum has one order: results do not depend on the order of execution.
+(``slabs``) or works from a list of the entries that matter (``hopper_filter``). The loss of a small classifier and its
+gradients come from one pass (``hopper_one_pass``). Every output is written by one thread block and every sum has one
+order: results do not depend on the order of execution.
 """
 
 import functools
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import hopper
-from pallas_kernels.linear_cross_entropy import hopper_filter, hopper_tiles, slabs
+from pallas_kernels.linear_cross_entropy import hopper_filter, hopper_one_pass, hopper_tiles, slabs
 from pallas_kernels.linear_cross_entropy.noise import PERIOD, Draw, threefry, uniform_of
 from pallas_kernels.linear_cross_entropy.reference import Spec
 
@@ -45,6 +46,17 @@ def _forward(spec, e, c, b, target, saving):
             logit_sum = _logit_sums(spec, e, c, b)
         nll -= spec.label_smoothing / spec.classes * logit_sum
     return (nll, lse, labels), (maxima,) if saving else ()
+
+
+one_pass = hopper_one_pass.fits
+
+
+def forward_backward(spec: Spec, e, c, b, weights, labels):
+    """As ``chunked.forward_backward``, for the problems that ``one_pass`` names."""
+    z_label = _label_logits(spec, e, c, b, labels)
+    return hopper_one_pass.forward_backward(
+        spec, e, c, weights, labels, z_label, lambda: _scan(spec, e, c, b, None, saving=False)[0]
+    )
 
 
 def _scan(spec, e, c, b, draw, saving):

@@ -117,6 +117,48 @@ def test_no_tokens():
     assert de.shape == (0, 24) and not dc.any()
 
 
+ONE_PASS = {
+    "ragged": (130, 520, 72, {}),
+    "chunks": (260, 264, 64, {"layout": "dv", "z_loss": 0.01}),
+    "second_reference": (8, 264, 24, {"peak": 300.0}),  # some logits exceed the label's by more than 44
+}
+
+
+@interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ONE_PASS)
+def test_interpreted_one_pass_equals_the_reference(case, monkeypatch):
+    """Numerators and scaled embeddings are rounded, not the gradient of the logits: half a unit of bfloat16 more."""
+    from pallas_kernels.linear_cross_entropy import hopper_one_pass, mosaic_gpu
+
+    monkeypatch.setattr(hopper_one_pass, "CHUNK_BYTES", 0)  # the smallest chunks
+    tokens, vocabulary, width, options = ONE_PASS[case]
+    spec, operands, labels, (w, _) = problem(tokens, vocabulary, width, **options)
+    w = w.at[0].set(0)  # as the op does for a label of -1
+    assert mosaic_gpu.one_pass(spec, *operands, labels)
+    with interpreter():
+        loss, same, gradients = mosaic_gpu.forward_backward(spec, *operands, w, labels)
+    nll, lse, _ = reference.forward(spec, *operands, labels)
+    np.testing.assert_allclose(loss, nll + spec.z_loss * lse**2, rtol=1e-5, atol=1e-5)
+    assert (same == labels).all()
+    check_gradients(gradients, spec, operands, labels, (w, 2 * spec.z_loss * lse * w), excess=2.0**-9)
+
+
+def test_one_pass_is_for_small_plain_problems():
+    from pallas_kernels.linear_cross_entropy import mosaic_gpu
+
+    def one_pass(*sizes, target=None, **options):
+        spec, operands, labels, _ = problem(*sizes, **options)
+        return mosaic_gpu.one_pass(spec, *operands, labels if target is None else target)
+
+    assert one_pass(8, 264, 24) and one_pass(8, 264, 24, z_loss=0.1, filter_eps=0.1)  # too small to filter
+    assert not one_pass(0, 264, 24) and not one_pass(8, 300, 24)
+    for options in ({"bias": True}, {"softcap": 3.0}, {"label_smoothing": 0.1}, {"dtype": jnp.float16}):
+        assert not one_pass(8, 264, 24, **options), options
+    assert not one_pass(8, 70_400, 8, filter_eps=0.1) and not one_pass(1, 400_000, 256)
+    assert not one_pass(8, 264, 24, target=Draw(key_words(jax.random.key(3)), jnp.zeros(8, jnp.uint32)))
+
+
 FILTERED = {
     "peaked": (20, 300, 24, {"peak": 4.0}),
     "z_loss_only": (8, 300, 24, {"peak": 4.0, "h_only": True}),
@@ -201,12 +243,14 @@ print(json.dumps(found))
     [
         ((8192, 256000, 2304), {}, 4, 1450),
         ((8192, 256000, 2304), {"filter_eps": "auto"}, 4, 1250),
+        ((32768, 50304, 768), {}, 6, 800),
         ((1000, 50257, 776), {"softcap": 30.0, "label_smoothing": 0.1, "z_loss": 1e-4}, 90, 400),
     ],
-    ids=["exact", "filtered", "odd_sizes"],
+    ids=["exact", "filtered", "one_pass", "odd_sizes"],
 )
 def test_compiles_for_hopper_within_its_memory(shape, options, forward_mib, both_mib, record_property):
-    """Beyond the gradients (1161 MiB at the first shape) one slab and the embeddings' gradient in float32."""
+    """Beyond the gradients (1161 MiB at the first shape) one slab and the embeddings' gradient in float32; in one pass
+    a chunk of numerators and both gradients in float32 (here 393 and 243 MiB)."""
     sizes = [str(size) for size in shape]
     found = compile_in_a_process(COMPILE, H200, *sizes, json.dumps(options), environment=GPU)
     record_property("MiB", found)
