@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import hopper
-from pallas_kernels.linear_cross_entropy import hopper_tiles, slabs
+from pallas_kernels.linear_cross_entropy import hopper_product, hopper_tiles, slabs
 from pallas_kernels.linear_cross_entropy.chunked import loop_over_tiles
 
 # Below this, computing every entry costs no more than finding those that the filter keeps.
@@ -74,7 +74,8 @@ def gradients(spec, e, c, labels, z_label, lse, g, h, scale, maxima, logit_gradi
             return de, jnp.zeros((), c.dtype)
         order = jnp.argsort(column, stable=True)
         starts = jnp.searchsorted(column[order], jnp.arange(vocabulary + 1, dtype=jnp.int32)).astype(jnp.int32)
-        total = jnp.einsum("n,nd->d", background, e.astype(jnp.float32))
+        # No product of XLA's anywhere here: each would have 32 MiB of workspace.
+        total = (background[:, None] * e.astype(jnp.float32)).sum(0)
         ones = jnp.ones(vocabulary, jnp.float32)
         dc = row_sums(e, own[order], weight[order], starts, ones, total, c.dtype)
         return de, dc if axis == 0 else dc.T
@@ -87,7 +88,9 @@ def gradients(spec, e, c, labels, z_label, lse, g, h, scale, maxima, logit_gradi
 
         def some(e, labels, lse, g, h, **options):
             part = functools.partial(logit_gradients, spec, e, c, None, labels, lse)
-            return slabs.backward(spec, e, c, None, g, h, scale, part, slab_bytes=_SMALL_SLAB_BYTES, **options)
+            product = functools.partial(hopper_product.einsum, spec)
+            small = {"slab_bytes": _SMALL_SLAB_BYTES, "product": product}
+            return slabs.backward(spec, e, c, None, g, h, scale, part, **small, **options)
 
         de = loop_over_tiles(block, jnp.zeros_like(e), tokens, _SMALL_BLOCK)
         dc = some(e, labels, lse, g, h, embeddings=False)[1] if spec.filter_classifier else jnp.zeros((), c.dtype)

@@ -23,13 +23,14 @@ _BANDS_TOGETHER = 16  # bands of rows at work at a time: what they read stays in
 LOWEST = -1e30  # the logit of a vocabulary entry that does not exist
 
 
-def run(spec, named, tile_at, count, compute, e_s, c_s, full, empty, lead):
+def run(spec, named, tile_at, count, compute, e_s, c_s, full, empty, lead, rows_last=False):
     """Runs ``compute(group, tile_logits)`` in both compute warpgroups while the third feeds them ``count`` tiles.
 
     ``tile_at(t)`` is the (band of rows, block of columns) of the t-th tile; ``tile_logits(t)`` its products [64, 256].
+    With ``rows_last`` the first operand lies as [D, rows].
     """
     e_g, c_g, layout = named["e_g"], named["c_g"], spec.classifier_layout
-    steps = pl.cdiv(e_g.shape[1], _DEPTH)
+    steps = pl.cdiv(e_g.shape[0 if rows_last else 1], _DEPTH)
     group = lax.axis_index("group")
 
     @pl.when(group == 2)
@@ -49,13 +50,17 @@ def run(spec, named, tile_at, count, compute, e_s, c_s, full, empty, lead):
                     plgpu.barrier_wait(empty.at[slot])
 
                 depth = pl.ds(k * _DEPTH, _DEPTH)
-                plgpu.copy_gmem_to_smem(e_g.at[rows, depth], e_s.at[slot], full.at[slot])
+                part = e_g.at[depth, rows] if rows_last else e_g.at[rows, depth]
+                plgpu.copy_gmem_to_smem(part, e_s.at[slot], full.at[slot])
                 part = c_g.at[columns, depth] if layout == "vd" else c_g.at[depth, columns]
                 plgpu.copy_gmem_to_smem(part, c_s.at[slot], full.at[slot])
 
             lax.fori_loop(0, steps, load, None)
 
         lax.fori_loop(0, count, load_tile, None)
+        # No barrier is left half-way: the interpreter insists on that.
+        rest = jnp.maximum(count * steps - _STAGES, 0)
+        lax.fori_loop(rest, count * steps, lambda step, _: plgpu.barrier_wait(empty.at[lax.rem(step, _STAGES)]), None)
 
     @pl.when(group < 2)
     def _():
@@ -69,7 +74,9 @@ def run(spec, named, tile_at, count, compute, e_s, c_s, full, empty, lead):
                     c_tile = c_s.at[slot]
                     if layout == "vd":
                         c_tile = transposed(c_tile)
-                    plgpu.wgmma(acc, e_s.at[slot, pl.ds(group * (ROWS // 2), ROWS // 2)], c_tile)
+                    mine = pl.ds(group * (ROWS // 2), ROWS // 2)
+                    e_tile = transposed(e_s.at[slot, :, mine]) if rows_last else e_s.at[slot, mine]
+                    plgpu.wgmma(acc, e_tile, c_tile)
                     plgpu.wgmma_wait(1)
 
                     @pl.when((group == 0) & (t * steps + k == jnp.minimum(max(_LEAD, 1), count * steps) - 1))
@@ -94,10 +101,11 @@ def run(spec, named, tile_at, count, compute, e_s, c_s, full, empty, lead):
         compute(group, tile_logits)
 
 
-def pipeline(spec: Spec) -> dict[str, Any]:
+def pipeline(spec: Spec, rows_last: bool = False) -> dict[str, Any]:
+    e_shape = (_DEPTH, ROWS) if rows_last else (ROWS, _DEPTH)
     c_shape = (COLUMNS, _DEPTH) if spec.classifier_layout == "vd" else (_DEPTH, COLUMNS)
     return {
-        "e_s": plgpu.SMEM((_STAGES, ROWS, _DEPTH), spec.operand_dtype, transforms=TRANSFORMS),
+        "e_s": plgpu.SMEM((_STAGES, *e_shape), spec.operand_dtype, transforms=TRANSFORMS),
         "c_s": plgpu.SMEM((_STAGES, *c_shape), spec.operand_dtype, transforms=TRANSFORMS),
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
         "empty": plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
@@ -131,10 +139,11 @@ def grouped(index, bands, others):
     return group * _BANDS_TOGETHER + lax.rem(rest, together), rest // together
 
 
-def operands(spec, e, c):
+def operands(spec, e, c, rows_last=False):
     """The kernels' arguments. What the copy engine cannot tile (a width of 100, say) is padded, that is, copied."""
+    e_tile = (_DEPTH, _DEPTH) if rows_last else (8, _DEPTH)
     c_tile = (8, _DEPTH) if spec.classifier_layout == "vd" else (_DEPTH, _DEPTH)
-    return [padded(x.astype(spec.operand_dtype), tile) for x, tile in ((e, (8, _DEPTH)), (c, c_tile))]
+    return [padded(x.astype(spec.operand_dtype), tile) for x, tile in ((e, e_tile), (c, c_tile))]
 
 
 def padded(x, multiples):

@@ -30,12 +30,19 @@ def backward(
     embeddings: bool = True,
     classifier: bool = True,
     slab_bytes: int = SLAB_BYTES,
+    product: Callable[..., jax.Array] | None = None,
 ) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
     """Gradients as ``chunked.backward``; None for one that is not asked for.
 
     ``logit_gradients(g, h, start, size)`` is the gradient [N, size] of the logits from ``start`` (before the bias is
-    added), in ``spec.operand_dtype``; ``start`` may be traced.
+    added), in ``spec.operand_dtype``; ``start`` may be traced. ``product(subscripts, a, b, dtype)`` takes the place of
+    ``jnp.einsum``.
     """
+    if product is None:
+
+        def product(subscripts, a, b, dtype):
+            return jnp.einsum(subscripts, a, b, preferred_element_type=dtype)
+
     vocabulary_axis = spec.classifier_layout.index("v")
     vocabulary, dtype = c.shape[vocabulary_axis], spec.operand_dtype
     if dtype != jnp.float16:  # float16 cannot hold the gradient of a mean: there, scale comes last
@@ -49,10 +56,10 @@ def backward(
         dz = logit_gradients(g, h, start, size)
         if de is not None:
             c_slab = lax.dynamic_slice_in_dim(c, start, size, vocabulary_axis).astype(dtype)
-            de += jnp.einsum(f"rv,{spec.classifier_layout}->rd", dz, c_slab, preferred_element_type=spec.dtype)
+            de += product(f"rv,{spec.classifier_layout}->rd", dz, c_slab, spec.dtype)
         if dc is not None:
             rounded = dtype if dtype == dc.dtype == jnp.bfloat16 else spec.dtype  # by the product itself if it can
-            part = jnp.einsum(f"rv,rd->{spec.classifier_layout}", dz, operand, preferred_element_type=rounded)
+            part = product(f"rv,rd->{spec.classifier_layout}", dz, operand, rounded)
             part = part if rounded == dc.dtype == jnp.bfloat16 else (part * scale).astype(dc.dtype)
             dc = lax.dynamic_update_slice_in_dim(dc, part, start, vocabulary_axis)
         if db is not None:
