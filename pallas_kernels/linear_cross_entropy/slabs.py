@@ -18,6 +18,10 @@ _MULTIPLE = 1024  # a slab is whole tiles, of any kernel's size
 _LEAST = 4096  # each slab reads and writes the embeddings' gradient: with fewer entries that would take over
 
 
+def _einsum(subscripts, a, b, dtype):
+    return jnp.einsum(subscripts, a, b, preferred_element_type=dtype)
+
+
 def backward(
     spec: Spec,
     e: jax.Array,
@@ -30,7 +34,7 @@ def backward(
     embeddings: bool = True,
     classifier: bool = True,
     slab_bytes: int = SLAB_BYTES,
-    product: Callable[..., jax.Array] | None = None,
+    product: Callable[..., jax.Array] = _einsum,
 ) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
     """Gradients as ``chunked.backward``; None for one that is not asked for.
 
@@ -38,11 +42,6 @@ def backward(
     added), in ``spec.operand_dtype``; ``start`` may be traced. ``product(subscripts, a, b, dtype)`` takes the place of
     ``jnp.einsum``.
     """
-    if product is None:
-
-        def product(subscripts, a, b, dtype):
-            return jnp.einsum(subscripts, a, b, preferred_element_type=dtype)
-
     vocabulary_axis = spec.classifier_layout.index("v")
     vocabulary, dtype = c.shape[vocabulary_axis], spec.operand_dtype
     if dtype != jnp.float16:  # float16 cannot hold the gradient of a mean: there, scale comes last
