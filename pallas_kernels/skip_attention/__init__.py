@@ -63,7 +63,7 @@ def attention(
         q_segment_ids, kv_segment_ids: [B, T] and [B, S] integers; a query sees keys of its own segment only. Blocks
             are skipped by the range of the segments in them: ascending ones (packed documents) skip most.
         query_seq_lengths, key_value_seq_lengths: [B] integers; tokens past them are padding and may hold anything,
-            NaN too. None: T and S.
+            NaN too. None: T and S. JAX arrays are clamped to [0, T] and [0, S]; others raise outside of it.
         active: bool [B]; the others get 0 and nothing of theirs is read.
         scale: None is 1 / sqrt(d).
         logits_soft_cap: c replaces the scaled products s by c * tanh(s / c).

@@ -125,24 +125,30 @@ def _blocks(implementation: str, queries: int, keys: int, skip: SkipSpec | None,
 def _window(value: Any) -> tuple[int | None, int | None]:
     if value is None:
         return None, None
-    if isinstance(value, numbers.Integral):
+    if isinstance(value, int | np.integer):
         value = (value, value)
-    if len(value) != 2 or not all(x is None or (isinstance(x, numbers.Integral) and x >= 0) for x in value):
+    if len(value) != 2 or not all(x is None or (isinstance(x, int | np.integer) and x >= 0) for x in value):
         raise ValueError(f"local_window_size must be an int or (left, right), each at least 0 or None, got {value!r}")
     left, right = (None if x is None else int(x) for x in value)
     return left, right
 
 
 def _integers(name: str, value: Any, shape: tuple[int, ...], most: int | None) -> Any:
-    """Int32 of ``shape``, NumPy unless given as a JAX array; None stands for ``most`` everywhere."""
+    """Int32 of ``shape``, NumPy unless given as a JAX array; None stands for ``most`` everywhere.
+
+    With ``most`` they are lengths; a JAX array is clamped to it, for looking at it would wait for the device.
+    """
     if value is None:
         return np.full(shape, most, np.int32)
     value = value if isinstance(value, jax.Array) else np.asarray(value)
     if value.shape != shape or not jnp.issubdtype(value.dtype, jnp.integer):
         raise ValueError(f"{name} must be integers {list(shape)}, got {value.dtype} {value.shape}")
-    known = most is not None and not isinstance(value, jax.core.Tracer)
-    if known and value.size and not (int(value.min()) >= 0 and int(value.max()) <= most):
-        raise ValueError(f"{name} must lie in [0, {most}], got {int(value.min())} to {int(value.max())}")
+    if most is None:
+        return value.astype(np.int32)
+    if isinstance(value, jax.Array):
+        return jnp.clip(value, 0, most).astype(np.int32)
+    if value.size and (value.min() < 0 or value.max() > most):
+        raise ValueError(f"{name} must lie in [0, {most}], got {value.min()} to {value.max()}")
     return value.astype(np.int32)
 
 

@@ -63,7 +63,7 @@ class Visits(NamedTuple):
 
 def allowed(spec: Spec, rows: Visits, places: Places, queries: int, keys: int) -> jax.Array:
     """Which key each query sees, bool [B, Hq or 1, T, S]."""
-    i, j = jnp.arange(queries)[:, None], jnp.arange(keys)[None, :]
+    i, j = jnp.arange(queries)[None, :, None], jnp.arange(keys)[None, None, :]
     q_len, kv_len, offset = (jnp.asarray(x)[:, None, None] for x in (places.q_len, places.kv_len, places.offset))
     distance = j - i - offset
     seen = (i < q_len) & (j < kv_len)
@@ -77,8 +77,9 @@ def allowed(spec: Spec, rows: Visits, places: Places, queries: int, keys: int) -
     seen = seen[:, None]
     if spec.masked_blocks:
         index = jnp.asarray(rows.index)
-        listed = jnp.arange(index.shape[-1]) < rows.count[..., None]
-        block = (index[..., None] == jnp.arange(-(-keys // spec.block_kv))) & listed[..., None]
+        listed = jax.lax.broadcasted_iota(jnp.int32, index.shape, 3) < jnp.asarray(rows.count)[..., None]
+        blocks = -(-keys // spec.block_kv)
+        block = (index[..., None] == jnp.arange(blocks).reshape(1, 1, 1, 1, -1)) & listed[..., None]
         block = jnp.repeat(jnp.repeat(block.any(axis=-2), spec.block_q, axis=-2), spec.block_kv, axis=-1)
         seen &= block[..., :queries, :keys]
     return seen
@@ -108,4 +109,4 @@ def forward(
 
 def _unpadded(x: jax.Array, length: jax.Array) -> jax.Array:
     """Padding may hold NaN, which times a probability of 0 is NaN still: 0 in its place."""
-    return jnp.where((jnp.arange(x.shape[1]) < length[:, None])[:, :, None, None], x, 0)
+    return jnp.where((jnp.arange(x.shape[1])[None] < length[:, None])[:, :, None, None], x, 0)

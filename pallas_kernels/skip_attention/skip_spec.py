@@ -54,31 +54,36 @@ class SkipSpec:
             )
         xp = np if isinstance(kv_index, np.ndarray) and isinstance(kv_count, np.ndarray) else jnp
         most = kv_index.shape[-1]
-        counted = xp.arange(most) < kv_count[..., None]
-        hit = (kv_index[..., None] == xp.arange(num_kv_blocks)) & counted[..., None]
-        return cls(hit.any(axis=-2), int(block_q), int(block_kv), min(most, num_kv_blocks))
+        kept = _named(xp, kv_index, xp.cumsum(xp.ones_like(kv_index), axis=-1) <= kv_count[..., None], num_kv_blocks)
+        return cls(kept, int(block_q), int(block_kv), min(most, num_kv_blocks))
 
     @classmethod
     def sliding(cls, num_blocks: int, block: int, *, window: int, sink: int = 1) -> "SkipSpec":
         """The ``window`` last blocks up to the query's own and the ``sink`` first ones (arXiv:2309.17453's shape)."""
         back = _back(num_blocks)
-        return cls((back >= 0) & ((back < window) | (np.arange(num_blocks) < sink)), block, block)
+        return cls((back >= 0) & ((back < window) | (np.arange(num_blocks)[None] < sink)), block, block)
 
     @classmethod
     def strided(cls, num_blocks: int, block: int, *, stride: int, local: int = 1) -> "SkipSpec":
         """The ``local`` last blocks and every ``stride``-th one before (arXiv:1904.10509's strided pattern)."""
         back = _back(num_blocks)
-        return cls((back >= 0) & ((back < local) | (np.arange(num_blocks) % stride == 0)), block, block)
+        return cls((back >= 0) & ((back < local) | (np.arange(num_blocks)[None] % stride == 0)), block, block)
 
     @classmethod
     def topk(cls, scores: jax.Array, k: int, block_q: int, block_kv: int) -> "SkipSpec":
         """The k key blocks of highest score in each row of ``scores`` [..., nq, nk]; -inf is never kept."""
         k = min(k, scores.shape[-1])
         values, index = jax.lax.top_k(scores, k)
-        hit = (index[..., None] == jnp.arange(scores.shape[-1])) & (values > -jnp.inf)[..., None]
-        return cls(hit.any(axis=-2), int(block_q), int(block_kv), k)
+        kept = _named(jnp, index, values > -jnp.inf, scores.shape[-1])
+        return cls(kept, int(block_q), int(block_kv), k)
 
 
 def _back(num_blocks: int) -> np.ndarray:
     """How many blocks a key block lies before a query block."""
     return np.arange(num_blocks)[:, None] - np.arange(num_blocks)[None, :]
+
+
+def _named(xp: Any, index: Any, counts: Any, blocks: int) -> Any:
+    """Bool [..., blocks]: whether ``index`` [..., most] names the block in an entry that ``counts``."""
+    block = xp.arange(blocks).reshape((1,) * index.ndim + (-1,))
+    return ((index[..., None] == block) & counts[..., None]).any(axis=-2)

@@ -41,8 +41,8 @@ def block_kinds(spec: Spec, places: Places, queries: int, keys: int, block_mask:
         q_len, kv_len, offset = (x[:1] for x in shared)
     xp = np if all(isinstance(x, np.ndarray) for x in jax.tree.leaves((places, block_mask))) else jnp
     q_len, kv_len, offset = (xp.asarray(x)[:, None, None] for x in (q_len, kv_len, offset))
-    first_q = xp.arange(0, queries, spec.block_q, dtype=np.int32)[:, None]
-    first_kv = xp.arange(0, keys, spec.block_kv, dtype=np.int32)[None, :]
+    first_q = xp.arange(0, queries, spec.block_q, dtype=np.int32)[None, :, None]
+    first_kv = xp.arange(0, keys, spec.block_kv, dtype=np.int32)[None, None, :]
     last_q = xp.minimum(first_q + spec.block_q, q_len) - 1
     last_kv = xp.minimum(first_kv + spec.block_kv, kv_len) - 1
     nearest, farthest = first_kv - last_q - offset, last_kv - first_q - offset  # keys left of their query: negative
@@ -71,9 +71,10 @@ def listed(kinds: Any, most: int) -> Visits:
     count, full = ((kinds >= kind).sum(-1).astype(np.int32) for kind in (PARTIAL, FULL))
     if xp is np:
         most = int(count.max(initial=1))
-    place = xp.arange(columns, dtype=np.int32)
+    place = xp.arange(columns, dtype=np.int32).reshape(1, 1, 1, -1)
     order = xp.sort((FULL - kinds) * columns + place, axis=-1)[..., :most] % columns
-    turn = xp.minimum(xp.arange(most, dtype=np.int32), xp.maximum(count - 1, 0)[..., None])
+    turn = xp.arange(most, dtype=np.int32).reshape(1, 1, 1, -1)
+    turn = xp.minimum(turn, xp.maximum(count - 1, 0)[..., None])
     return Visits(xp.take_along_axis(order, turn, axis=-1).astype(np.int32), full, count)
 
 
@@ -86,7 +87,7 @@ def _segment_range(xp: Any, segments: Any, block: int, length: Any) -> tuple[Any
     """(lowest, highest) segment of each block [B, blocks], padding left out."""
     total = segments.shape[1]
     blocks = -(-total // block)
-    inside = xp.arange(total) < length
+    inside = xp.arange(total)[None] < length
     limit = np.iinfo(np.int32)
     found = []
     for fill, reduce in ((limit.max, xp.min), (limit.min, xp.max)):
