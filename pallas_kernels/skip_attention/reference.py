@@ -93,7 +93,7 @@ def forward(
     seen = allowed(spec, rows, places, q.shape[1], k.shape[1])
     group = q.shape[2] // k.shape[2]
     lengths = [places.q_len, places.kv_len, places.kv_len]
-    q_wide, k_wide, v_wide = (_unpadded(x, length).astype(wide) for x, length in zip((q, k, v), lengths, strict=True))
+    q_wide, k_wide, v_wide = (unpadded(x, length).astype(wide) for x, length in zip((q, k, v), lengths, strict=True))
     k_wide, v_wide = (jnp.repeat(x, group, axis=2) for x in (k_wide, v_wide))
     scores = spec.scale * jnp.einsum("bthd,bshd->bhts", q_wide, k_wide)
     if spec.softcap is not None:
@@ -107,6 +107,6 @@ def forward(
     return out, jnp.where(some, lse, -jnp.inf)[..., 0]
 
 
-def _unpadded(x: jax.Array, length: jax.Array) -> jax.Array:
+def unpadded(x: jax.Array, length: jax.Array) -> jax.Array:
     """Padding may hold NaN, which times a probability of 0 is NaN still: 0 in its place."""
     return jnp.where((jnp.arange(x.shape[1])[None] < length[:, None])[:, :, None, None], x, 0)
