@@ -276,16 +276,17 @@ class _Call:
         numbers = [*places[:3], schedule.lenders(self.batch)]
         lengths = jnp.stack([jnp.asarray(x, jnp.int32) for x in numbers]).reshape(-1)
 
-        def kernel(where_ref, lengths_ref, *refs):
+        def kernel(entries_ref, owners_ref, lengths_ref, *refs):
+            del owners_ref
             b, h, t = (pl.program_id(axis) for axis in range(3))
-            body(refs, schedule.step(b, h, t, where_ref, [lengths_ref[n * self.batch + b] for n in range(3)]))
+            body(refs, schedule.step(b, h, t, entries_ref, [lengths_ref[n * self.batch + b] for n in range(3)]))
 
         like = functools.partial(jnp.zeros_like, arrays[0])
         return pl.pallas_call(
             kernel,
             out_shape=[jax.eval_shape(functools.partial(like, dtype, shape=shape)) for shape, dtype, *_ in outputs],
             grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=2,
+                num_scalar_prefetch=3,
                 grid=(self.batch, heads, schedule.steps),
                 in_specs=list(blocks),
                 out_specs=[self._output_block(schedule, *block) for _, _, *block in outputs],
@@ -293,7 +294,7 @@ class _Call:
             ),
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
             name=name,
-        )(schedule.entries, lengths, *arrays)
+        )(schedule.entries, schedule.owners, lengths, *arrays)
 
     def _block(self, schedule, shape, axes):
         """The block of a step of an input whose axes are b sequence, k key head, q query heads, r block of queries, c
@@ -303,7 +304,8 @@ class _Call:
         """
         per = self.heads // self.kv_heads
 
-        def index(b, h, t, entries_ref, lengths_ref):
+        def index(b, h, t, entries_ref, owners_ref, lengths_ref):
+            del owners_ref
             lender = lengths_ref[3 * self.batch + b]
             borrowed = lender != b
             last_head = (self.kv_heads if schedule.of_keys else self.heads) - 1
@@ -322,12 +324,11 @@ class _Call:
         return pl.BlockSpec(shape, index)
 
     def _output_block(self, schedule, shape, axes):
-        """The block of a step of an output whose axes are b sequence, h head of the grid, o what the step is for."""
+        """The block of a step of an output whose axes are b sequence, h head of the grid, o owner, _ whole."""
 
-        def index(b, h, t, entries_ref, lengths_ref):
-            del lengths_ref
-            owner = schedule.column if schedule.of_keys else schedule.row
-            places = {"b": lambda: b, "h": lambda: h, "o": lambda: owner(b, h, t, entries_ref), "_": lambda: 0}
+        def index(b, h, t, entries_ref, owners_ref, lengths_ref):
+            del entries_ref, lengths_ref
+            places = {"b": lambda: b, "h": lambda: h, "o": lambda: schedule.owner(b, h, t, owners_ref), "_": lambda: 0}
             return tuple(places[axis]() for axis in axes)
 
         return pl.BlockSpec(shape, index)

@@ -9,7 +9,7 @@ from jax import lax
 
 from pallas_kernels.skip_attention.reference import Visits
 
-_MOST_BYTES = 768 * 2**10  # of scalar memory, of which there is 1 MiB
+_MOST_STEPS = 96 * 2**10  # two numbers each, in scalar memory, of which there is 1 MiB
 _FIRST, _LAST, _PARTIAL, _FULL = 1, 2, 4, 8
 _FLAG_BITS, _HEAD_BITS, _BLOCK_BITS = 4, 4, 12  # two blocks, a head and flags make 32 bits
 _MOST_BLOCKS = 2**_BLOCK_BITS
@@ -29,7 +29,8 @@ class Step(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Entries of all steps, int32 [units of sequences * units of heads * most]; ``steps`` of each unit count.
+    """What each step works on, ``entries``, and whose output it is, ``owners``: int32 [units of sequences * units of
+    heads * most], of which the first ``steps`` of each unit count. They differ where an output has no visit.
 
     ``lender`` [units of sequences]: a sequence without any visit names the blocks of this one instead of its own.
 
@@ -38,6 +39,7 @@ class Schedule:
     """
 
     entries: jax.Array
+    owners: jax.Array
     steps: jax.Array
     lender: jax.Array
     batch: int
@@ -66,9 +68,13 @@ class Schedule:
         """``lender`` of each of ``batch`` sequences."""
         return self.lender if self.batch == batch else jnp.arange(batch, dtype=jnp.int32)
 
-    def _entry(self, b, h, t, entries_ref):
+    def owner(self, b, h, t, owners_ref):
+        """The block of queries (``of_keys``: of keys) whose output the step adds to."""
+        return self._entry(b, h, t, owners_ref)
+
+    def _entry(self, b, h, t, ref):
         unit = (b if self.batch > 1 else 0) * self.heads + (h if self.heads > 1 else 0)
-        return entries_ref[unit * self.most + t]
+        return ref[unit * self.most + t]
 
     def _field(self, entry, other: int):
         bits = _FLAG_BITS + _HEAD_BITS + _BLOCK_BITS * (1 - other)
@@ -104,10 +110,10 @@ def _schedule(index, full, count, share, of_keys) -> Schedule:
     """Of lists [B, H, outputs * share, most], ``share`` to an output, each of which has one step at least."""
     batch, heads, lists, width = index.shape
     most = lists * width
-    if batch * heads * most * 4 > _MOST_BYTES or lists > _MOST_BLOCKS * share:
+    if batch * heads * most > _MOST_STEPS or lists > _MOST_BLOCKS * share:
         raise NotImplementedError(
             f"implementation='mosaic_tpu': {batch * heads} schedules of up to {most} pairs of blocks do not fit into "
-            f"scalar memory ({_MOST_BYTES // 4} pairs do); use larger blocks, or fewer sequences or heads with masks "
+            f"scalar memory ({_MOST_STEPS} pairs do); use larger blocks, or fewer sequences or heads with masks "
             "of their own at a time, or implementation='chunked'"
         )
     owner, head = (op(jnp.arange(lists, dtype=jnp.int32), share) for op in (lax.div, lax.rem))
@@ -126,12 +132,13 @@ def _schedule(index, full, count, share, of_keys) -> Schedule:
         kind = jnp.where(turn < full[which], _FULL, jnp.where(turn < count[which], _PARTIAL, 0))
         # Without a visit: what the step before has loaded already, or what the first visit will need.
         source = _last_true(kind > 0)
-        entry = (owner[which] << _BLOCK_BITS) | other[source]
-        return (entry << (_FLAG_BITS + _HEAD_BITS)) | (head[which][source] << _FLAG_BITS) | flags | kind
+        entry = (owner[which][source] << _BLOCK_BITS) | other[source]
+        entry = (entry << (_FLAG_BITS + _HEAD_BITS)) | (head[which][source] << _FLAG_BITS) | flags | kind
+        return entry, owner[which]
 
-    entries = jax.vmap(jax.vmap(unit))(index, full, count, steps, ends)
+    entries, owners = jax.vmap(jax.vmap(unit))(index, full, count, steps, ends)
     lender = _last_true((count > 0).any(axis=(1, 2)))
-    return Schedule(entries.reshape(-1), ends[..., -1].max(), lender, batch, heads, most, of_keys)
+    return Schedule(entries.reshape(-1), owners.reshape(-1), ends[..., -1].max(), lender, batch, heads, most, of_keys)
 
 
 def _last_true(x: jax.Array) -> jax.Array:
