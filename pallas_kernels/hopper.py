@@ -3,6 +3,7 @@
 import math
 
 import jax
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
@@ -47,3 +48,30 @@ def row_vector(value):
 def across(x, tile):
     """A value per row for all columns of a tile."""
     return lax.broadcast_in_dim(x, tile.shape, [0])
+
+
+def down(x, tile):
+    """A value per column for all rows of a tile."""
+    return lax.broadcast_in_dim(x, tile.shape, [1])
+
+
+def zeros(columns, dtype=jnp.float32):
+    """The start of a sum of products."""
+    return plgpu.layout_cast(jnp.zeros((ROWS, columns), dtype), plgpu.Layout.WGMMA)
+
+
+def product_onto(total, a, b_ref, meanwhile):
+    """(total + a b, meanwhile()), with ``a`` in registers and ``b_ref`` in shared memory; both are done at once.
+
+    One call, so that a test can replace it: the interpreter has no products of registers.
+    """
+
+    def multiply(acc):
+        acc[...] = total
+        plgpu.wgmma(acc, a, b_ref)
+        other = meanwhile()
+        if other is not None:  # pinned before the wait, across which the compiler would move it
+            other = lax.optimization_barrier(other)
+        return acc[...], other
+
+    return pl.run_scoped(multiply, plgpu.ACC(total.shape, total.dtype))

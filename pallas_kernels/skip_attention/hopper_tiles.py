@@ -1,0 +1,175 @@
+"""What the Hopper attention kernels share: who works on which tile, and the arithmetic of scores and masks.
+
+A kernel is one thread block a multiprocessor, which takes one tile (a block of rows of one sequence and head) after
+another: a memory warpgroup streams what the tile's list names through a ring in shared memory, across tiles without a
+pause, and compute warpgroups of 64 rows each follow.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import hopper
+from pallas_kernels.skip_attention.reference import Places, Spec, Visits
+
+_RESIDENT_BYTES = 12 * 2**20  # of what the heads at work at a time read again and again: it stays in the L2 cache
+# Registers of a thread, by the number of compute warpgroups: together they fill the multiprocessor.
+COMPUTE_REGISTERS = {1: 232, 2: 240, 3: 160}
+MEMORY_REGISTERS = {1: 40, 2: 32, 3: 32}
+LOWEST = -1e30  # the score that starts a running maximum
+
+
+class Schedule(NamedTuple):
+    """Static sizes of a kernel's work: ``heads`` tiles of ``batch`` sequences for each of ``blocks`` rows of blocks."""
+
+    batch: int
+    heads: int
+    blocks: int
+    together: int  # pairs of a sequence and a head at work at a time
+
+    @property
+    def tiles(self) -> int:
+        return self.batch * self.heads * self.blocks
+
+    @property
+    def workers(self) -> int:
+        return min(self.tiles, hopper.MULTIPROCESSORS)
+
+
+def schedule(batch: int, heads: int, blocks: int, bytes_a_head: int) -> Schedule:
+    """``bytes_a_head``: of what all tiles of a head read."""
+    few = -(-2 * hopper.MULTIPROCESSORS // max(blocks, 1))
+    return Schedule(batch, heads, blocks, min(batch * heads, max(few, _RESIDENT_BYTES // max(bytes_a_head, 1), 1)))
+
+
+def my_tiles(work: Schedule):
+    """(how many tiles this thread block has, function from the number of one to its (sequence, head, rank)).
+
+    Rank 0 is the longest of the head. Long tiles come first, and odd rounds run backwards, so that all thread blocks
+    get about the same.
+    """
+    worker = lax.axis_index("worker")
+    rounds, rest = divmod(work.tiles, work.workers)
+
+    def position(i):
+        return i * work.workers + jnp.where(lax.rem(i, 2) == 0, worker, work.workers - 1 - worker)
+
+    count = rounds + (position(jnp.int32(rounds)) < work.tiles).astype(jnp.int32) if rest else jnp.int32(rounds)
+
+    def tile(i):
+        group_size = work.together * work.blocks
+        at = position(i)
+        group = lax.div(at, jnp.int32(group_size))
+        inside = at - group * group_size
+        together = jnp.minimum(work.together, work.batch * work.heads - group * work.together)
+        pair = group * work.together + lax.rem(inside, together)
+        return lax.div(pair, jnp.int32(work.heads)), lax.rem(pair, jnp.int32(work.heads)), lax.div(inside, together)
+
+    return count, tile
+
+
+class Lists(NamedTuple):
+    """Visits as a kernel reads them: order [Bm, Hm / share, n] are the rows of blocks, longest list first."""
+
+    order: Any
+    index: Any
+    full: Any
+    count: Any
+
+    def row(self, b, h, rank):
+        """The row of blocks of a tile."""
+        b, h = _shared(self.order, b, h)
+        return self.order[b, h, rank]
+
+    def visits(self, b, h, row):
+        """(number of full blocks, of all blocks, function from a turn to a block) of a row."""
+        b, h = _shared(self.index, b, h)
+        last = self.index.shape[-1] - 1
+        return self.full[b, h, row], self.count[b, h, row], lambda t: self.index[b, h, row, jnp.minimum(t, last)]
+
+
+def _shared(array, b, h):
+    return tuple(0 if size == 1 else i for size, i in zip(array.shape[:2], (b, h), strict=True))
+
+
+def lists(visits: Visits, share: int = 1) -> Lists:
+    """``share`` heads in turn make up a tile."""
+    index, full, count = (jnp.asarray(x, jnp.int32) for x in visits)
+    together = count.reshape(count.shape[0], -1, min(share, count.shape[1]), count.shape[2]).sum(axis=2)
+    return Lists(jnp.argsort(-together, axis=-1).astype(jnp.int32), index, full, count)
+
+
+class Masks(NamedTuple):
+    """``Places`` as a kernel reads them: segments in whole blocks, and ``place`` is 0, 1, 2 ...
+
+    Places are read from memory, in partial blocks only: the compiler would keep computed ones in registers, everywhere.
+    """
+
+    q_len: Any
+    kv_len: Any
+    offset: Any
+    place: Any
+    q_segments: Any
+    kv_segments: Any
+
+
+def masks(spec: Spec, places: Places, queries: int, keys: int) -> Masks:
+    def blocks(segments, size):
+        return jnp.pad(jnp.asarray(segments, jnp.int32), ((0, 0), (0, -segments.shape[1] % size)))
+
+    lengths = [jnp.asarray(x, jnp.int32) for x in places[:3]]
+    place = jnp.arange(max(queries + spec.block_q, keys + spec.block_kv), dtype=jnp.int32)
+    if not spec.segmented:
+        return Masks(*lengths, place, None, None)
+    return Masks(*lengths, place, blocks(places.q_segments, spec.block_q), blocks(places.kv_segments, spec.block_kv))
+
+
+def mask(spec: Spec, s, masks: Masks, b, first_q, first_kv, query_axis):
+    """Which pairs of a tile are allowed; queries run along ``query_axis`` of ``s``."""
+    key_axis = 1 - query_axis
+
+    def along(x, axis):
+        return lax.broadcast_in_dim(x, s.shape, [axis])
+
+    def read(x, first, axis):
+        return hopper.load(x.at[pl.ds(first, s.shape[axis])], plgpu.Layout.WGMMA.reduce(1 - axis))
+
+    query, key = read(masks.place, first_q, query_axis), along(read(masks.place, first_kv, key_axis), key_axis)
+    at = query + masks.offset[b]
+    lowest, highest = spec.reach
+    last = masks.kv_len[b] - 1
+    last = jnp.full_like(query, last) if highest is None else jnp.minimum(at + highest, last)
+    last = jnp.where(query < masks.q_len[b], last, -1)
+    seen = key <= along(last, query_axis)
+    if lowest is not None:
+        seen &= key >= along(at + lowest, query_axis)
+    if spec.segmented:
+        own = read(masks.q_segments.at[b], first_q, query_axis)
+        seen &= along(own, query_axis) == along(read(masks.kv_segments.at[b], first_kv, key_axis), key_axis)
+    return seen
+
+
+def capped(spec: Spec, s):
+    """Scores, but for ``factor``, from products of queries and keys."""
+    if spec.softcap is not None:
+        # tanh from one exponential: the approximate tanh instruction is not accurate enough.
+        twice = jnp.exp2(s * (2 * hopper.LOG2E * spec.scale / spec.softcap))
+        return spec.softcap - 2 * spec.softcap / (twice + 1)
+    return s if spec.scale > 0 else s * spec.scale
+
+
+def factor(spec: Spec) -> float:
+    """What turns ``capped`` products into scores: kept apart, it costs nothing before the exponential."""
+    return spec.scale if spec.softcap is None and spec.scale > 0 else 1.0
+
+
+def probabilities(spec: Spec, s, lse2, seen=None):
+    """(probabilities, the same times the derivative of the softcap) from products; ``seen`` None is all."""
+    z = capped(spec, s)
+    p = jnp.exp2(z * (factor(spec) * hopper.LOG2E) - lse2)
+    if seen is not None:
+        p = jnp.where(seen, p, 0.0)
+    return p, p if spec.softcap is None else p * (1 - (z / spec.softcap) * (z / spec.softcap))

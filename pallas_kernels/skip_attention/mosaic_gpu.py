@@ -1,0 +1,63 @@
+"""NVIDIA Hopper: Pallas Mosaic GPU kernels. Neither computes nor loads the blocks that the lists leave out."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import hopper
+from pallas_kernels.skip_attention import hopper_backward, hopper_forward, hopper_tiles
+from pallas_kernels.skip_attention.reference import Places, Spec, Visits
+
+
+def forward(spec: Spec, q, k, v, rows: Visits, places: Places):
+    """As ``reference.forward``."""
+    _check(spec, q)
+    v = _without_padding(v, places.kv_len)
+    return _forward(spec, q, k, v, hopper_tiles.lists(rows), hopper_tiles.masks(spec, places, q.shape[1], k.shape[1]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(spec, q, k, v, lists, masks):
+    out, lse = hopper_forward.run(spec, q, k, v, lists, masks)
+    return out, lse[:, :, : q.shape[1]]
+
+
+def backward(spec: Spec, q, k, v, rows: Visits, columns: Visits, places: Places, lse, delta, do):
+    """(dq, dk, dv); lse and delta, the sum of output times its gradient less the gradient of lse, are [B, Hq, T]."""
+    _check(spec, q)
+    q, do = (_without_padding(x, places.q_len) for x in (q, do))
+    k, v = (_without_padding(x, places.kv_len) for x in (k, v))
+    lists = hopper_tiles.lists(rows), hopper_tiles.lists(columns, share=q.shape[2] // k.shape[2])
+    return _backward(spec, q, k, v, *lists, hopper_tiles.masks(spec, places, q.shape[1], k.shape[1]), lse, delta, do)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _backward(spec, q, k, v, rows, columns, masks, lse, delta, do):
+    # Rows that see nothing, and those past the end, get probabilities of exp(-inf).
+    lse2 = jnp.where(lse == -jnp.inf, jnp.inf, lse * hopper.LOG2E)
+    padding = ((0, 0), (0, 0), (0, -lse.shape[2] % spec.block_q))
+    lse2, delta = jnp.pad(lse2, padding, constant_values=jnp.inf), jnp.pad(delta, padding)
+    operands = q, k, v, do.astype(q.dtype), lse2, delta
+    dq = hopper_backward.query_gradient(spec, *operands, rows, masks)
+    return dq, *hopper_backward.key_gradients(spec, *operands, columns, masks)
+
+
+def _check(spec, q):
+    if spec.block_q not in (64, 128, 192) or spec.block_kv not in (64, 128):
+        raise NotImplementedError(
+            f"blocks of {spec.block_q} queries and {spec.block_kv} keys; implementation='mosaic_gpu' takes 64, 128 or "
+            "192 queries and 64 or 128 keys"
+        )
+    if q.shape[-1] not in (64, 128) or q.dtype.itemsize != 2:
+        raise NotImplementedError(
+            f"{q.dtype} heads of width {q.shape[-1]}; implementation='mosaic_gpu' takes 16 bits and widths 64 and 128"
+        )
+
+
+def _without_padding(x, length):
+    """Padding may hold NaN, which times a probability of 0 is NaN still: 0 in its place, where there is padding."""
+    if isinstance(length, np.ndarray) and (length == x.shape[1]).all():
+        return x
+    return jnp.where((jnp.arange(x.shape[1])[None] < length[:, None])[:, :, None, None], x, 0)
