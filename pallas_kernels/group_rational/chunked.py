@@ -29,7 +29,7 @@ def backward(spec: Spec, x: jax.Array, table: jax.Array, g: jax.Array) -> tuple[
 
     def band(x, g):
         wide, g = x.astype(table.dtype), g.astype(table.dtype)
-        dx, terms = arithmetic.gradients(spec.degree, wide, list(table[:, None, :]), g, _reciprocal)
+        dx, terms = arithmetic.gradients(spec.degree, wide, wide < 0, list(table[:, None, :]), g, _reciprocal)
         return dx.astype(x.dtype), jnp.stack([jnp.sum(term, 0) for term in terms])
 
     whole = count // rows * rows
