@@ -151,7 +151,7 @@ def _rational(spec, x, table):
 
 
 def _rational_forward(spec, x, table):
-    return _rational(spec, x, table), (x, table)
+    return _run(spec, "forward")(x, table), (x, table)
 
 
 def _rational_backward(spec, residuals, g):

@@ -159,7 +159,7 @@ def _reciprocal(layout, q):
 
 def _widened(layout, x):
     """x in float32. Of two bfloat16 numbers in a word, by a shift and a mask: the compiler's way takes three steps."""
-    if x.dtype != jnp.bfloat16:
+    if x.dtype != jnp.bfloat16 or x.size == _THREADS:
         return x.astype(jnp.float32)
 
     def unpacked(numbers):
