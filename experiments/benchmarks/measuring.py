@@ -4,6 +4,7 @@ What was measured is an event: a JSON object a line from the measuring process, 
 
     {"framework": "jax", "device": "NVIDIA H200", ...}            what the process runs on, and its best rate
     {"shape": ..., "row": ..., "kind": ..., "times": [ms], ...}   samples of one program, and facts about it
+    {"shape": ..., "row": ..., "kind": ..., "mean": ..., "var": ...}     mean absolute value and variance of an error
     {"shape": ..., "row": ..., "kind": ..., "missing": "why"}     a program that was left out
 """
 
@@ -183,5 +184,7 @@ def described(event: dict) -> str:
     name = " ".join(filter(None, (event["shape"], event["row"], event["kind"])))
     if "missing" in event:
         return f"{name}: left out, {event['missing']}"
+    if "mean" in event:
+        return f"{name}: off by {event['mean']:.3g} on average, variance {event['var']:.3g}"
     memory = f", {event['mb']:.1f} MB" if event.get("mb") is not None else ""
     return f"{name}: {statistics.median(event['times']):.3f} ms{memory}"

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.group_rational.reference import Spec, channel_table
-from pallas_kernels.linear_cross_entropy import _same_manual_axes
+from pallas_kernels.manual_axes import same_manual_axes
 
 __all__ = ["group_rational"]
 
@@ -82,7 +82,7 @@ def group_rational(
     module = _module(spec)
     forward = functools.partial(_rational if hasattr(module, "backward") else module.forward, spec)
     # JAX sums the gradient of coefficients that all devices share over the devices, outside the custom derivative.
-    return forward(*_same_manual_axes((rows, table))).reshape(x.shape)
+    return forward(*same_manual_axes((rows, table))).reshape(x.shape)
 
 
 def _checked(x: Any, numerator: Any, denominator: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -151,7 +151,7 @@ def _rational(spec, x, table):
 
 
 def _rational_forward(spec, x, table):
-    return _rational(spec, x, table), (x, table)
+    return _run(spec, "forward")(x, table), (x, table)
 
 
 def _rational_backward(spec, residuals, g):

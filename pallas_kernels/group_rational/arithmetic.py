@@ -17,7 +17,12 @@ def value(degree: tuple[int, int], x: jax.Array, rows: Sequence[jax.Array], reci
 
 
 def gradients(
-    degree: tuple[int, int], x: jax.Array, rows: Sequence[jax.Array], g: jax.Array, reciprocal: Reciprocal
+    degree: tuple[int, int],
+    x: jax.Array,
+    negative: jax.Array,
+    rows: Sequence[jax.Array],
+    g: jax.Array,
+    reciprocal: Reciprocal,
 ) -> tuple[jax.Array, list[jax.Array]]:
     """(gradient of x, what each element adds to the gradients of the m + 1 + n rows) for the cotangent g."""
     m, n = degree
@@ -26,9 +31,13 @@ def gradients(
     q, dq = _horner([jnp.ones_like(x), *rows[m + 1 :]], size)
     r = reciprocal(q)
     u, f = g * r, p * r
-    dx = u * (dp - jnp.where(x < 0, -dq, dq) * f)
-    square = x * x
-    return dx, [*_by_powers(u, x, square, m + 1), *_by_powers(-f * u, size, square, n + 1)[1:]]
+    # The derivative of |x| is -1 or +1, and so is the ratio of odd powers of |x| and x.
+    turned = jnp.where(negative, -f, f)
+    powers = [u]  # u * x**i
+    for _ in range(max(m, n)):
+        powers.append(powers[-1] * x)
+    dx = u * (dp - turned * dq)
+    return dx, [*powers[: m + 1], *(-(turned if j % 2 else f) * powers[j] for j in range(1, n + 1))]
 
 
 def _horner(coefficients: Sequence[jax.Array], x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -38,13 +47,3 @@ def _horner(coefficients: Sequence[jax.Array], x: jax.Array) -> tuple[jax.Array,
         slope = total if slope is None else slope * x + total
         total = total * x + coefficient
     return total, jnp.zeros_like(x) if slope is None else slope
-
-
-def _by_powers(factor: jax.Array, x: jax.Array, square: jax.Array, count: int) -> list[jax.Array]:
-    """factor * x**i for i < count, each one multiplication from the factor's even multiples."""
-    found = []
-    for i in range(count):
-        found.append(factor * x if i % 2 else factor)
-        if i % 2:
-            factor = factor * square
-    return found

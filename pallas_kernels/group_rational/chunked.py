@@ -27,19 +27,16 @@ def backward(spec: Spec, x: jax.Array, table: jax.Array, g: jax.Array) -> tuple[
     if rows == 0:
         return jnp.zeros_like(x), jnp.zeros_like(table)
 
-    def band(x, g):
-        wide, g = x.astype(table.dtype), g.astype(table.dtype)
-        dx, terms = arithmetic.gradients(spec.degree, wide, list(table[:, None, :]), g, _reciprocal)
-        return dx.astype(x.dtype), jnp.stack([jnp.sum(term, 0) for term in terms])
+    def band(start, size, carry):
+        dx, sums = carry
+        own, g_own = (lax.dynamic_slice_in_dim(array, start, size).astype(table.dtype) for array in (x, g))
+        found, terms = arithmetic.gradients(spec.degree, own, own < 0, list(table[:, None, :]), g_own, _reciprocal)
+        dx = lax.dynamic_update_slice_in_dim(dx, found.astype(x.dtype), start, 0)
+        return dx, sums + jnp.stack([jnp.sum(term, 0) for term in terms])
 
-    whole = count // rows * rows
-    bands = (array[:whole].reshape(-1, rows, channels) for array in (x, g))
-    dx, sums = lax.map(lambda pair: band(*pair), tuple(bands))
-    dx, sums = dx.reshape(whole, channels), sums.sum(0)
-    if whole == count:
-        return dx, sums
-    rest, last = band(x[whole:], g[whole:])
-    return jnp.concatenate([dx, rest]), sums + last
+    carry = jnp.zeros_like(x), jnp.zeros_like(table)
+    carry = lax.fori_loop(0, count // rows, lambda i, carry: band(i * rows, rows, carry), carry)
+    return band(count - count % rows, count % rows, carry) if count % rows else carry
 
 
 def _reciprocal(q):

@@ -8,22 +8,25 @@ once; XLA adds up the blocks'. Every sum has one order: results do not depend on
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, vector
 
+from pallas_kernels import hopper
 from pallas_kernels.group_rational import arithmetic
 from pallas_kernels.group_rational.reference import Spec
 
-_MULTIPROCESSORS = 132
 _THREADS = 128
 _SHARED_MEMORY = 227 * 1024  # of a multiprocessor, of which each block takes 1 KiB more than it asks for
+_BLOCKS = {2: 8, 3: 6}  # that the registers of a multiprocessor hold, forward and backward
 _UNROLLED = 4  # rows
-_BEFORE_0_11 = jax.__version_info__ < (0, 11)
 # Without automatic barriers: a tile is either read or written, and the pipeline has a barrier on both sides of it.
 _PARAMS = plgpu.CompilerParams(unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
 
@@ -48,7 +51,7 @@ def tiles(spec: Spec, itemsize: int, arrays: int) -> Tiles:
             f"multiple of {_UNROLLED} rows, {stages * arrays} of which fit {_SHARED_MEMORY} bytes; use such sizes, or "
             "None"
         )
-    return Tiles(rows, channels, stages, min(_SHARED_MEMORY // bytes_of_a_block, {2: 6, 3: 4}[arrays]))
+    return Tiles(rows, channels, stages, min(_SHARED_MEMORY // bytes_of_a_block, _BLOCKS[arrays]))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -76,7 +79,7 @@ def _stream(spec, tile, table, *operands):
     padding = ((0, rows * together - count), (0, 0))
     operands = [jnp.pad(x, padding).reshape(rows, length) for x in operands]
     columns, steps = length // tile.channels, pl.cdiv(rows, tile.rows)
-    splits = min(max(tile.blocks * _MULTIPROCESSORS // columns, 1), steps)
+    splits = min(max(tile.blocks * hopper.MULTIPROCESSORS // columns, 1), steps)
     outputs = [_like(operands[0], operands[0].shape, operands[0].dtype)]
     if differentiating:
         outputs.append(_like(operands[0], (splits, coefficients, length), jnp.float32))
@@ -88,7 +91,7 @@ def _stream(spec, tile, table, *operands):
         out_g, *sums_g = refs[1 + len(operands) :]
         column, split = lax.rem(lax.axis_index("block"), columns), lax.axis_index("block") // columns
         mine = pl.ds(column * tile.channels, tile.channels)
-        of_channels = [_load(table_g.at[k, mine], layout) for k in range(coefficients)]
+        of_channels = [hopper.load(table_g.at[k, mine], layout) for k in range(coefficients)]
         zeros = (plgpu.layout_cast(jnp.zeros((tile.channels,), jnp.float32), layout),) * coefficients
         nothing = zeros if differentiating else ()
         count = (steps - split + splits - 1) // splits
@@ -101,28 +104,29 @@ def _stream(spec, tile, table, *operands):
             for source, target in zip(x_g, buffers["x_s"], strict=True):
                 plgpu.copy_gmem_to_smem(source.at[place(t)], target.at[slot], full.at[slot])
 
-        def step(t, totals):
+        def step(t, sums):
             slot = lax.rem(t, tile.stages)
             plgpu.barrier_wait(full.at[slot])
             plgpu.wait_smem_to_gmem(tile.stages - 1, wait_read_only=True)
             out_s = buffers["out_s"].at[slot]
 
             def row(r, sums):
-                x, *g = (_load(ref.at[slot, r], layout).astype(jnp.float32) for ref in buffers["x_s"])
+                read = [hopper.load(ref.at[slot, r], layout) for ref in buffers["x_s"]]
+                x, *g = (_widened(layout, x) for x in read)
                 if differentiating:
-                    out, terms = arithmetic.gradients(spec.degree, x, of_channels, *g, reciprocal)
+                    negative = read[0] < 0  # two numbers at a time, where they are half as wide
+                    out, terms = arithmetic.gradients(spec.degree, x, negative, of_channels, g[0], reciprocal)
                     sums = tuple(total + term for total, term in zip(sums, terms, strict=True))
                 else:
                     out = arithmetic.value(spec.degree, x, of_channels, reciprocal)
                 out_s[r] = out.astype(out_s.dtype)
                 return sums
 
-            sums = lax.fori_loop(0, tile.rows, row, nothing, unroll=_UNROLLED)
+            sums = lax.fori_loop(0, tile.rows, row, sums, unroll=_UNROLLED)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_s, out_g.at[place(t)])
             pl.when(t + tile.stages < count)(lambda: fetch(t + tile.stages))
-            # A tile's sums are added to the totals once: fewer roundings of large numbers.
-            return tuple(total + part for total, part in zip(totals, sums, strict=True))
+            return sums
 
         lax.fori_loop(0, jnp.minimum(count, tile.stages), lambda t, _: fetch(t), None)
         totals = lax.fori_loop(0, count, step, nothing)
@@ -150,17 +154,32 @@ def _stream(spec, tile, table, *operands):
 
 def _reciprocal(layout, q):
     """1 / q to one unit in the last place, in one instruction; q is at least 1, so that no case is special."""
-
-    @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(q.shape, q.dtype, layout=layout))
-    def approximate(_, q):
-        return q._pointwise(q._lift_fast_instr("rcp.approx.ftz.f32"))
-
-    return approximate(q)
+    return _inline(layout, q.dtype, lambda q: q._pointwise(q._lift_fast_instr("rcp.approx.ftz.f32")), q)
 
 
-def _load(ref, layout):
-    index = ((),) if _BEFORE_0_11 else ()
-    return plgpu.load(ref, *index, layout=layout, optimized=False)
+def _widened(layout, x):
+    """x in float32. Of two bfloat16 numbers in a word, by a shift and a mask: the compiler's way takes three steps."""
+    if x.dtype != jnp.bfloat16 or x.size == _THREADS:
+        return x.astype(jnp.float32)
+
+    def unpacked(numbers):
+        f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
+        count = ir.VectorType(numbers.type).shape[0]
+        words = vector.bitcast(ir.VectorType.get((count // 2,), i32), numbers)
+        wide = []
+        for i in range(count):
+            word = vector.extract(words, [], [i // 2])
+            wide.append(arith.andi(word, mgpu.c(-(2**16), i32)) if i % 2 else arith.shli(word, mgpu.c(16, i32)))
+        return vector.from_elements(ir.VectorType.get((count,), f32), [arith.bitcast(f32, bits) for bits in wide])
+
+    return _inline(layout, jnp.float32, lambda x: x._pointwise(unpacked), x)
+
+
+def _inline(layout, dtype, function, x):
+    """``function`` of the values of x as Mosaic GPU has them, in the layout of x."""
+    returned = plgpu.ShapeDtypeStruct(x.shape, dtype, layout=layout)
+    inlined: Any = plgpu.inline_mgpu(arg_types=(layout,), return_type=returned)(lambda _, x: function(x))
+    return inlined(x)
 
 
 def _like(x, shape, dtype):

@@ -21,6 +21,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.linear_cross_entropy import inputs
 from pallas_kernels.linear_cross_entropy.noise import Draw
 from pallas_kernels.linear_cross_entropy.reference import Spec
+from pallas_kernels.manual_axes import manual_axes, same_manual_axes, varying
 
 __all__ = ["linear_cross_entropy", "sample_linear_categorical", "sampled_linear_cross_entropy"]
 
@@ -186,7 +187,7 @@ def sample_linear_categorical(
     spec = inputs.spec(implementation, operands, classifier_layout, softcap, block_sizes)
     e, c, b = jax.lax.stop_gradient(operands)
     draw = inputs.draw(key, token_ids, e.shape[:-1])
-    e_rows, c, b, draw = _same_manual_axes((_rows(e), c, b, draw))
+    e_rows, c, b, draw = same_manual_axes((_rows(e), c, b, draw))
     return _module(spec).forward(spec, e_rows, c, b, draw)[2].reshape(e.shape[:-1])
 
 
@@ -291,13 +292,13 @@ def _loss(
     module, lse = _module(spec), None
     total = reduction != "none" and not return_lse and vocab_axis_name is None
     if total and hasattr(module, "one_pass") and module.one_pass(spec, e, c, b, target):
-        e, c, b, w, target = _same_manual_axes((e, c, b, w, target))
+        e, c, b, w, target = same_manual_axes((e, c, b, w, target))
         loss, labels = _total(spec, e, c, b, w, target)  # pyright: ignore[reportGeneralTypeIssues]
     else:
         if vocab_axis_name is not None:
             # In float32, so that the shards' gradients of e are added in it.
-            e = _varying(e.astype(spec.dtype), _manual_axes(c) & {vocab_axis_name}).astype(e.dtype)
-        e, c, b, target = _same_manual_axes((e, c, b, target))
+            e = varying(e.astype(spec.dtype), manual_axes(c) & {vocab_axis_name}).astype(e.dtype)
+        e, c, b, target = same_manual_axes((e, c, b, target))
         forward = _per_token if hasattr(module, "backward") else module.forward
         nll, lse, labels = forward(spec, e, c, b, target)  # pyright: ignore[reportGeneralTypeIssues]
         if vocab_axis_name is not None:
@@ -395,25 +396,3 @@ def _module(spec: Spec) -> ModuleType:
 def _rows(x: jax.Array) -> jax.Array:
     """[..., D] as [N, D]."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
-def _same_manual_axes(tree: Any) -> Any:
-    """Inside ``shard_map``: every array made varying over the axes that any of them varies over.
-
-    JAX then sums the gradient of what was replicated over those axes, outside the custom derivative.
-    """
-    axes = frozenset().union(*(_manual_axes(x) for x in jax.tree.leaves(tree)))
-
-    return jax.tree.map(lambda x: _varying(x, axes), tree)
-
-
-def _varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
-    missing = tuple(axes - _manual_axes(x))
-    if not missing:
-        return x
-    return jax.lax.pcast(x, missing, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(x, missing)
-
-
-def _manual_axes(x: jax.Array) -> frozenset[str]:
-    kind = jax.typeof(x)
-    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying

@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Target
-from pallas_kernels.linear_cross_entropy import _same_manual_axes, slabs
+from pallas_kernels.linear_cross_entropy import slabs
 from pallas_kernels.linear_cross_entropy.noise import Draw
 from pallas_kernels.linear_cross_entropy.reference import Spec
+from pallas_kernels.manual_axes import same_manual_axes
 
 try:
     import triton.language as tl
@@ -220,7 +221,7 @@ def _call(spec, kernel, tile, arrays, outputs, programs, **constants):
         **constants,
     )
     results = jax.custom_batching.sequential_vmap(call)(*arrays)
-    return _same_manual_axes((results, e))[0]  # jax-triton does not say over which mesh axes its results vary
+    return same_manual_axes((results, e))[0]  # jax-triton does not say over which mesh axes its results vary
 
 
 @_jit

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import dispatch
-from pallas_kernels.linear_cross_entropy import _same_manual_axes
+from pallas_kernels.manual_axes import same_manual_axes
 from pallas_kernels.skip_attention import inputs
 from pallas_kernels.skip_attention.decode import decode_attention
 from pallas_kernels.skip_attention.reference import Spec
@@ -104,7 +104,7 @@ def attention(
     else:
         lists = inputs.lists(spec, q, k, places, skip)
         # JAX sums the gradient of what all devices share over the devices, outside the custom derivative.
-        q, k, v, lists, places = _same_manual_axes(jax.tree.map(jnp.asarray, (q, k, v, lists, places)))
+        q, k, v, lists, places = same_manual_axes(jax.tree.map(jnp.asarray, (q, k, v, lists, places)))
         run = _attention if hasattr(_module(spec), "backward") else _without_derivative
         out, lse = run(spec, q, k, v, lists, places)  # pyright: ignore[reportGeneralTypeIssues]
     return (out, lse) if return_lse else out

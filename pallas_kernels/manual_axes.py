@@ -1,0 +1,26 @@
+"""Over which axes of ``shard_map`` an array varies, by the names of each JAX version."""
+
+from typing import Any
+
+import jax
+
+
+def same_manual_axes(tree: Any) -> Any:
+    """Inside ``shard_map``: every array made varying over the axes that any of them varies over.
+
+    JAX then sums the gradient of what was replicated over those axes, outside the custom derivative.
+    """
+    axes = frozenset().union(*(manual_axes(x) for x in jax.tree.leaves(tree)))
+    return jax.tree.map(lambda x: varying(x, axes), tree)
+
+
+def varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    missing = tuple(axes - manual_axes(x))
+    if not missing:
+        return x
+    return jax.lax.pcast(x, missing, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(x, missing)
+
+
+def manual_axes(x: jax.Array) -> frozenset[str]:
+    kind = jax.typeof(x)
+    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
