@@ -1,7 +1,7 @@
 """SkipPipe: pipelines in which each microbatch takes its own path through the stages (arXiv 2502.19913)."""
 
 from jaxskip.pipeline.costs import GEO12, Costs, Topology, balanced_sizes, geo12, link_seconds
-from jaxskip.pipeline.execute import make_train_step, stack_stages
+from jaxskip.pipeline.execute import make_train_step, stack_stages, stage_mesh
 from jaxskip.pipeline.plan import full_pipelines, place, plan, stage_sequences
 from jaxskip.pipeline.simulate import Simulation, Work, contention_free, plot_timeline, simulate
 from jaxskip.pipeline.table import Table, compile_table
@@ -25,5 +25,6 @@ __all__ = [
     "plot_timeline",
     "simulate",
     "stack_stages",
+    "stage_mesh",
     "stage_sequences",
 ]
