@@ -428,10 +428,15 @@ def embed_tokens(params, config: DecoderConfig, tokens_BxT: jax.Array, positions
     return x
 
 
+def final_states(params, config: DecoderConfig, x_BxTxD: jax.Array) -> jax.Array:
+    """What the classifier reads, [B, T, D] in `config.dtype`, of what leaves the last layer."""
+    states: Any = _norm(config).apply({"params": params["final_norm"]}, x_BxTxD)
+    return states
+
+
 def output_logits(params, config: DecoderConfig, x_BxTxD: jax.Array) -> jax.Array:
     """Float32 logits [B, T, V] of what leaves the last layer: final norm and classifier."""
-    states: Any = _norm(config).apply({"params": params["final_norm"]}, x_BxTxD)
-    return _logits(states, *classifier(params, config))
+    return _logits(final_states(params, config, x_BxTxD), *classifier(params, config))
 
 
 def rotary(config: DecoderConfig, positions_BxT: jax.Array) -> tuple[jax.Array, jax.Array] | None:

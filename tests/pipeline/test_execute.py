@@ -7,15 +7,17 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxskip.pipeline import Topology, compile_table, make_train_step, stack_stages
+from jaxskip.pipeline import Topology, compile_table, make_train_step, stack_stages, stage_mesh
 
 VOCABULARY, WIDTH, ROWS, LENGTH = 11, 8, 2, 5
 FOUR_BY_TWO = Topology([[0, 1], [2, 3], [4, 5], [6, 7]])
+SHUFFLED = Topology([[5, 2], [7, 0], [1, 4], [3, 6]])
 UNEQUAL = Topology([[3, 0, 6], [5, 1, 7], [2, 4]])  # groups of three: the chain of replicas is longer than a pair
 CASES = {
     "full": (FOUR_BY_TWO, [(0, 2, 4, 6), (1, 3, 5, 7)] * 4),
     "skipped": (FOUR_BY_TWO, [(0, 2, 4), (1, 5, 7), (0, 2, 6), (1, 3, 5)] * 2),
     "swapped": (FOUR_BY_TWO, [(0, 4, 2), (1, 5, 3), (0, 6, 4), (1, 3, 7, 5)] * 2),
+    "renumbered": (SHUFFLED, [(5, 7, 4), (2, 4, 7), (5, 0, 6), (2, 1, 3, 0)] * 2),
     "unequal": (UNEQUAL, [(3, 5), (0, 1, 2), (6, 4, 7), (3, 2, 1), (0, 7), (6, 5, 4)]),
 }
 
@@ -80,6 +82,32 @@ def check_close(got, want):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * max(np.abs(want).max(), 1e-3))
 
 
+@pytest.mark.multidevice
+@pytest.mark.parametrize(
+    ("case", "order", "grad_norm"),
+    [("renumbered", "1f1b", "visits"), pytest.param("swapped", "gpipe", "total", marks=pytest.mark.slow)],
+)
+def test_replicas_along_an_axis_of_their_own(case, order, grad_norm):
+    """Parameters without copies; nodes need not be numbered by stages."""
+    topology, paths = CASES[case]
+    params, tokens, targets = problem(topology, paths)
+    mesh = stage_mesh(topology)
+    table = compile_table(paths, topology, order)
+    step = make_train_step(stage_fn, embed_fn, head_loss_fn, table, mesh, ("stage", "replica"), grad_norm)
+    placed = params | {"stages": jax.device_put(params["stages"], NamedSharding(mesh, P("stage")))}
+    loss, grads = jax.jit(step)(placed, tokens, targets)
+    expected_loss, expected = jax.jit(jax.value_and_grad(reference(topology, paths)))(params, tokens, targets)
+    check_close(loss, expected_loss)
+    assert grads["stages"]["in"].sharding.spec == P("stage")
+    for stage in range(4):
+        visits = sum(topology.stage_of[n] == stage for path in paths for n in path)
+        factor = len(paths) / visits if grad_norm == "visits" else 1.0
+        for name, got in grads["stages"].items():
+            check_close(got[stage], factor * expected["stages"][name][stage])
+    for name in ("embed", "head"):
+        check_close(grads[name], expected[name])
+
+
 def slow(*case):
     return pytest.param(*case, marks=pytest.mark.slow)
 
@@ -134,10 +162,16 @@ def test_bad_arguments():
         build(table, Mesh(np.array(jax.devices()[:3]), ("node",)))
     with pytest.raises(ValueError, match="axis 'stage' takes 2 devices"):
         build(table, mesh, axis="stage")
+    with pytest.raises(ValueError, match=r"take 2 stages of one number of nodes, these have \[1, 1\]"):
+        build(table, mesh, axis=("node", "replica"))
+    with pytest.raises(ValueError, match=r"these have \[3, 3, 2\]"):
+        build(compile_table(CASES["unequal"][1], UNEQUAL), stage_mesh(FOUR_BY_TWO), axis=("stage", "replica"))
+    with pytest.raises(ValueError, match=r"stages \(\(0,\), \(1, 2\)\) on 8 devices"):
+        stage_mesh(Topology([[0], [1, 2]]))
     with pytest.raises(ValueError, match="grad_norm is 'mean'; choose 'total' or 'visits'"):
         build(table, mesh, grad_norm="mean")
     params, tokens, targets = problem(topology, [(0, 1)])
-    with pytest.raises(ValueError, match="the table is of 1 microbatches"):
+    with pytest.raises(ValueError, match="the paths are of 1 microbatches"):
         build(table, mesh)(params, jnp.concatenate([tokens, tokens]), targets)
     with pytest.raises(ValueError, match=r"shape \(1, 8, 8\); it begins with 2"):
         build(table, mesh)(params | {"stages": jax.tree.map(lambda a: a[:1], params["stages"])}, tokens, targets)
