@@ -165,40 +165,64 @@ def _timings(step: Callable[[int], None], wait: Callable[[], None], config: Conf
     return {"times": times, "first_step_s": first}
 
 
-def _measure_jax(name: Variant, config: Config) -> dict[str, Any]:
-    import jax
+def jax_step(name: Variant, config: Config) -> tuple[Any, Any, Callable]:
+    """(model, optimizer, (state, batch, n) -> (state, metrics)): the training loop's step of the configuration."""
     import jax.numpy as jnp
-    import numpy as np
 
     from jaxskip import training
-    from jaxskip.models import DECODER_PARTITION_RULES, Decoder, decay_mask, decoder_config
+    from jaxskip.models import Decoder, decay_mask, decoder_config
 
     model = Decoder(
         decoder_config(config.model, dtype=jnp.dtype(config.dtype), remat=config.remat, scan_unroll=config.scan_unroll)
     )
-    c = model.config
-    mesh = training.make_mesh(devices=jax.devices()[:1])
     tx = training.make_optimizer(name, 6e-4, weight_decay_mask=decay_mask, weight_decay=0.1)
-    state = training.init_state(
-        lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"],
-        tx,
-        jax.random.key(0),
-        mesh,
-        DECODER_PARTITION_RULES,
-    )
     blocks = {}
     if config.loss_rows is not None:
-        blocks = {"implementation": "chunked", "block_sizes": (config.loss_rows, c.vocab_size)}
+        blocks = {"implementation": "chunked", "block_sizes": (config.loss_rows, model.config.vocab_size)}
     step = training.make_train_step(training.next_token_loss(model, **blocks), tx)
     if name == "sophia_g":
         refresh = training.make_hessian_refresh(
             training.gauss_newton_curvature(model, **blocks), rows=config.batch_size // 2
         )
         step = training.with_hessian_refresh(step, refresh, every=10)
-    tokens = np.random.default_rng(0).integers(0, c.vocab_size, (config.batch_size, c.context_length + 1))
-    batch = training.shard_batch(
-        {"inputs": tokens[:, :-1].astype(np.int32), "targets": tokens[:, 1:].astype(np.int32)}, mesh
-    )
+    return model, tx, step
+
+
+def jax_state(model, tx, mesh):
+    """A first training state of the model on the mesh."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxskip import training
+    from jaxskip.models import DECODER_PARTITION_RULES
+
+    def init(key):
+        return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+    return training.init_state(init, tx, jax.random.key(0), mesh, DECODER_PARTITION_RULES)
+
+
+def jax_batch(model, rows: int, mesh) -> dict[str, Any]:
+    """Random sequences of the model's full length on the mesh; more rows begin with those of fewer."""
+    import numpy as np
+
+    from jaxskip import training
+
+    c = model.config
+    tokens = np.random.default_rng(0).integers(0, c.vocab_size, (rows, c.context_length + 1)).astype(np.int32)
+    return training.shard_batch({"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}, mesh)
+
+
+def _measure_jax(name: Variant, config: Config) -> dict[str, Any]:
+    import jax
+
+    from jaxskip import training
+
+    model, tx, step = jax_step(name, config)
+    c = model.config
+    mesh = training.make_mesh(devices=jax.devices()[:1])
+    batch = jax_batch(model, config.batch_size, mesh)
+    state = jax_state(model, tx, mesh)
     carried = [state]
 
     def one_step(n):

@@ -8,7 +8,9 @@ What was measured is an event: a JSON object a line from the measuring process, 
     {"shape": ..., "row": ..., "kind": ..., "missing": "why"}     a program that was left out
 """
 
+import concurrent.futures
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -18,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments import claims
@@ -65,6 +67,39 @@ def jax_copy_rate(mb: int) -> dict[str, float]:
     copy = jax.jit(jnp.copy)
     times = milliseconds(lambda: copy(x), jax.block_until_ready, 5)
     return {"copy_mb": mb, "copy_tbps": 2 * x.nbytes / statistics.median(times) / 1e9}
+
+
+def jax_one_at_a_time(call: Callable[[], Any]) -> Callable[[], Any]:
+    """Waits for each call on the CPU, whose virtual devices share threads: a run that devices begin before the run
+    before has ended can take the threads that this one waits for.
+    """
+    import jax
+
+    return (lambda: jax.block_until_ready(call())) if jax.default_backend() == "cpu" else call
+
+
+def compiled_together(lower: Mapping[Hashable, Callable[[], Any]]) -> Callable[[Hashable], Any]:
+    """key -> its compiled program; the first that is asked for waits until all are there, so that none is timed beside
+    a compiler.
+
+    The first is compiled alone: the others take over the kernels that XLA chose there for operations of equal shape.
+    """
+
+    @functools.cache
+    def programs() -> dict[Hashable, concurrent.futures.Future]:
+        found: dict[Hashable, concurrent.futures.Future] = {}
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            for key, lowering in lower.items():
+                try:
+                    found[key] = pool.submit(lowering().compile)
+                except Exception as error:  # is raised again where the program is asked for
+                    found[key] = concurrent.futures.Future()
+                    found[key].set_exception(error)
+                if len(found) == 1:
+                    concurrent.futures.wait(found.values())
+        return found
+
+    return lambda key: programs()[key].result()
 
 
 def in_turns(

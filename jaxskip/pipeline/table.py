@@ -71,12 +71,12 @@ def compile_table(paths: Sequence[Path], topology: Topology, order: Literal["1f1
       order:
         "1f1b": backward before forward, and no more than ``topology.memory`` microbatches of an origin under way.
         "gpipe": all forward passes come before the first head; every node keeps the inputs of all its microbatches, and
-          ticks have like operations, so that none waits for a longer one.
+          a tick is all forward, all heads or all backward, so that none waits for a longer operation.
 
     Raises ValueError for paths that are none and for another order.
 
     >>> table = compile_table([(0, 1), (0, 1)], Topology([[0], [1]], memory=2), order="gpipe")
-    >>> table.op.tolist() == [[F0, 0], [F0, F], [0, F], [H, 0], [H, B], [B0, B], [B0, 0]]
+    >>> table.op.tolist() == [[F0, 0], [F0, F], [0, F], [H, 0], [0, B], [H, 0], [B0, B], [B0, 0]]
     True
     >>> table.permutations[table.permutation[1]]
     ((0, 1), (1, 0))
@@ -130,17 +130,20 @@ def _schedule(steps, origins, topology, order) -> list[list[int]]:
     under_way = dict.fromkeys(topology.stages[0], 0)
     done: list[list[int]] = [[] for _ in steps]
     forward_left = sum(len(mine) // 2 for mine in steps)
-    left, tick = sum(map(len, steps)), 0
+    left, tick, heads = sum(map(len, steps)), 0, False
     while left:
         busy, receiving = set(), set()
         ready = [i for i, mine in enumerate(steps) if len(done[i]) < len(mine)]
         ready.sort(key=lambda i: (priority[steps[i][len(done[i])].op], i))
         forward_before = forward_left
+        # Gpipe's ticks of heads and of backward passes take turns, where there are both.
+        waiting = {steps[i][len(done[i])].op for i in ready}
+        heads = H in waiting and not (heads and waiting & {B, B0})
         for i in ready:
             step = steps[i][len(done[i])]
             waits = step.node in busy or step.destination in receiving
             if order == "gpipe":
-                waits |= step.op in (H, B, B0) and forward_before > 0
+                waits |= step.op in (H, B, B0) and (forward_before > 0 or heads != (step.op == H))
             elif step.op == F0:
                 waits |= under_way[origins[i]] == topology.memory
             if waits:

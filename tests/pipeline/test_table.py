@@ -63,6 +63,9 @@ def test_invariants_of_a_table(pipeline, order):
     if order == "gpipe":
         last_forward = max(tick for mine in ops for op, _, tick in mine if op in (F, F0))
         assert all(tick > last_forward for mine in ops for op, _, tick in mine if op in (H, B, B0))
+        assert all(
+            any({*row[row != IDLE].tolist()} <= {*kind} for kind in ((F, F0), (H,), (B, B0))) for row in table.op
+        )
     else:
         for origin in topology.stages[0]:
             steps = [(tick, op) for mine in ops for op, node, tick in mine if node == origin]

@@ -1,0 +1,249 @@
+"""The pipeline part of `experiments.benchmarks.jax_multi_device`: a decoder in stages, one stage a device."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from experiments.benchmarks.measuring import Program, compiled_together, emit, in_turns, jax_one_at_a_time
+from jaxskip import pipeline
+from jaxskip.models import Decoder, DecoderConfig
+from jaxskip.models import decoder as parts
+from jaxskip.pipeline import execute, table
+
+# Row -> (stages, stages on a path).
+PLANS = {"full": (4, 4), "25 % skipped": (4, 3), "33 % skipped": (3, 2)}
+ORDERS = ("gpipe", "1f1b")
+HOPS = 20
+TIMED, EXACT, COSTS = "pipeline", "pipeline in float32", "pipeline costs"
+
+
+class Plan(NamedTuple):
+    """Where the stages lie and which path each microbatch takes."""
+
+    topology: pipeline.Topology
+    paths: list
+
+
+def make_plan(row: str, devices: int, microbatches: int) -> Plan | None:
+    """The paths of a row of `PLANS`, or None where a device would have to hold two stages; with two devices, "full" is
+    in two stages.
+    """
+    stages, length = PLANS[row]
+    if devices == 2 and row == "full":
+        stages = length = 2
+    if devices < stages:
+        return None
+    sizes = pipeline.balanced_sizes(devices, stages, length)
+    nodes = iter(range(devices))
+    topology = pipeline.Topology([[next(nodes) for _ in range(size)] for size in sizes], memory=stages)
+    # Round numbers: the paths shall not hang on what a clock showed.
+    costs = pipeline.Costs(np.full((devices, devices), 0.05), compute=1.0, backward=3.0)
+    method = "full" if length == stages else "greedy"
+    return Plan(topology, pipeline.plan(topology, costs, length, microbatches, method))
+
+
+class Network(NamedTuple):
+    """A decoder as the executor takes it."""
+
+    config: DecoderConfig
+    embed_fn: Callable
+    stage_fn: Callable
+    head_loss_fn: Callable
+
+
+def make_network(config: DecoderConfig) -> Network:
+    block = parts.Block(config)
+
+    def embed_fn(embed, tokens):
+        return parts.embed_tokens({"embed": embed}, config, tokens, jnp.arange(tokens.shape[1])[None])
+
+    def stage_fn(stage, x):
+        rotary = parts.rotary(config, jnp.arange(x.shape[1])[None])
+
+        def layer(x, weights):
+            return block.apply({"params": weights}, x, jnp.float32(1.0), rotary)
+
+        return lax.scan(layer, x, stage)[0]
+
+    def head_loss_fn(head, x, targets):
+        logits = parts.output_logits(head, config, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+    return Network(config, embed_fn, stage_fn, head_loss_fn)
+
+
+@functools.cache
+def _decoder_params(config: DecoderConfig) -> Any:
+    return jax.jit(Decoder(config).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def make_params(config: DecoderConfig, stages: int) -> dict[str, Any]:
+    """Parameters of the network, those of the layers as [S, layers of a stage, ...]."""
+    params = _decoder_params(config)
+    cut = jax.tree.map(lambda leaf: leaf.reshape(stages, -1, *leaf.shape[1:]), params["layers"])
+    return {"embed": params["embed"], "stages": cut, "head": {name: params[name] for name in ("final_norm", "head")}}
+
+
+def measure(asked: dict, devices: list) -> None:
+    """Costs of one operation and of one message; steps of each plan; where those are in 16 bits, small ones in 32."""
+    plans = {row: make_plan(row, len(devices), asked["microbatches"]) for row in PLANS}
+    for row, plan in plans.items():
+        if plan is None:
+            why = f"{PLANS[row][0]} stages, one a device, do not fit on {len(devices)} devices"
+            emit(shape=TIMED, row=row, kind="", missing=why)
+    fitting = {row: plan for row, plan in plans.items() if plan is not None}
+    network = _network(asked["pipeline"], asked["training"]["dtype"])
+    _costs(asked, devices, network, {len(plan.topology.stages) for plan in fitting.values()})
+    in_32_bits = network.config.dtype == jnp.float32
+    _steps(asked, devices, TIMED, network, asked["pipeline_rows"], fitting, check=in_32_bits)
+    if not in_32_bits:
+        _steps(asked, devices, EXACT, _network(asked["exact"], "float32"), 2, fitting, check=True)
+
+
+def _network(fields: dict, dtype: str) -> Network:
+    style = {"position": "rotary", "norm": "rmsnorm", "activation": "swiglu", "tie_embeddings": False}
+    return make_network(DecoderConfig(**fields, **style, dtype=jnp.dtype(dtype)))
+
+
+def _tokens(config: DecoderConfig, microbatches: int, rows: int) -> tuple[jax.Array, jax.Array]:
+    drawn = np.random.default_rng(0).integers(0, config.vocab_size, (2, microbatches, rows, config.context_length))
+    tokens, targets = jnp.asarray(drawn, jnp.int32)
+    return tokens, targets
+
+
+def _costs(asked: dict, devices: list, network: Network, stage_counts: set[int]) -> None:
+    """Times of the executor's operations on one device, and of a message when all devices send one."""
+    rows, config = asked["pipeline_rows"], network.config
+    tokens, targets = jax.device_put(_tokens(config, 1, rows), devices[0])
+    x = jax.random.normal(jax.random.key(1), (rows, config.context_length, config.embed_dim), config.dtype)
+
+    def operate(kind: int, stages: int):
+        params = make_params(config, stages)
+        embed, head = params["embed"], params["head"]
+        stage = jax.tree.map(lambda leaf: leaf[0], params["stages"])
+        sums = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf)), (0.0, embed, stage, head))
+
+        def operation(stage, embed, head, x, sums):
+            functions = network.stage_fn, network.embed_fn, network.head_loss_fn
+            return execute._operations(*functions, stage, embed, head, tokens, targets)[kind](x, x, 0, sums)
+
+        held = [sums]
+        program = jax.jit(operation, donate_argnums=4).lower(stage, embed, head, x, sums).compile()
+
+        def call():
+            out, held[0] = program(stage, embed, head, x, held[0])
+            return out
+
+        return call, None
+
+    def send():
+        mesh = Mesh(np.array(devices), ("node",))
+        ring = [(i, (i + 1) % len(devices)) for i in range(len(devices))]
+
+        @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("node"), out_specs=P("node"))
+        def hops(x):
+            return lax.scan(lambda x, _: (lax.ppermute(x, "node", ring), None), x, None, length=HOPS)[0]
+
+        lies = NamedSharding(mesh, P("node"))
+        messages = jax.device_put(jnp.concatenate([x] * len(devices)), lies)
+        program = jax.jit(hops, out_shardings=lies).lower(messages).compile()
+        return jax_one_at_a_time(lambda: program(messages)), None
+
+    programs = [Program("message", f"{HOPS} hops", send)]
+    for stages in sorted(stage_counts):
+        kind = f"{config.num_layers // stages} layers"
+        for row, operation in (("F", table.F), ("B", table.B)):
+            programs.append(Program(row, kind, functools.partial(operate, operation, stages)))
+    programs.append(Program("H", "head", functools.partial(operate, table.H, max(stage_counts))))
+    megabytes = x.nbytes / 2**20
+    in_turns(asked, COSTS, programs, jax.block_until_ready, lambda program, out: {"message_mb": megabytes})
+
+
+def _steps(
+    asked: dict, devices: list, shape: str, network: Network, rows: int, plans: dict[str, Plan], *, check: bool
+) -> None:
+    """Loss and gradients of an iteration; compared with one device's, where asked."""
+    config = network.config
+    mesh = Mesh(np.array(devices), ("node",), axis_types=(AxisType.Auto,))
+    tokens, targets = _tokens(config, asked["microbatches"], rows)
+
+    @functools.cache
+    def placed(row: str):
+        topology = plans[row].topology
+        params = make_params(config, len(topology.stages))
+        stages = pipeline.stack_stages(params["stages"], topology)
+        lies = {"embed": P(), "stages": P("node"), "head": P()}
+        shardings = {name: NamedSharding(mesh, spec) for name, spec in lies.items()}
+        return {
+            name: jax.device_put(tree, shardings[name]) for name, tree in {**params, "stages": stages}.items()
+        }, jax.device_put((tokens, targets), shardings["embed"])
+
+    def lower(row: str, order):
+        scheduled = pipeline.compile_table(plans[row].paths, plans[row].topology, order)
+        step = pipeline.make_train_step(network.stage_fn, network.embed_fn, network.head_loss_fn, scheduled, mesh)
+        params, batch = placed(row)
+        with jax.default_matmul_precision("highest" if check else None):  # pyright: ignore[reportArgumentType]
+            return jax.jit(step).lower(params, *batch)
+
+    done = [tuple(key) for key in asked["done"]]
+    keys = [(row, order) for row in plans for order in ORDERS]
+    compiled = compiled_together({k: functools.partial(lower, *k) for k in keys if (shape, *k) not in done})
+    references = functools.cache(lambda row: _reference(network, plans[row], tokens, targets))
+
+    def build(row: str, order: str):
+        program, (params, batch) = compiled((row, order)), placed(row)
+        memory = program.memory_analysis()
+        return jax_one_at_a_time(lambda: program(params, *batch)), memory.temp_size_in_bytes / 2**20
+
+    def facts(program: Program, out) -> dict:
+        plan = plans[program.row]
+        found: dict = {
+            "stages": plan.topology.stages,
+            "memory": plan.topology.memory,
+            "paths": plan.paths,
+            "layers": config.num_layers // len(plan.topology.stages),
+            "tokens": tokens.size,
+        }
+        if check:
+            found["error"] = _error(out, references(program.row), plan.topology)
+        return found
+
+    programs = [Program(*key, functools.partial(build, *key)) for key in keys]
+    in_turns(asked, shape, programs, jax.block_until_ready, facts, turns=2 if shape == TIMED else 1)
+
+
+def _reference(network: Network, plan: Plan, tokens: jax.Array, targets: jax.Array):
+    """Loss and gradients of the same paths on one device."""
+    visited = jnp.array([[plan.topology.stage_of[node] for node in path] for path in plan.paths])
+
+    def loss(params):
+        def of_one(microbatch):
+            stages, tokens, targets = microbatch
+            x = network.embed_fn(params["embed"], tokens)
+            for stage in stages:
+                x = network.stage_fn(jax.tree.map(lambda leaf, s=stage: leaf[s], params["stages"]), x)
+            return network.head_loss_fn(params["head"], x, targets)
+
+        return lax.map(of_one, (visited, tokens, targets)).mean()
+
+    with jax.default_matmul_precision("highest"):
+        params = make_params(network.config, len(plan.topology.stages))
+        return jax.device_get(jax.jit(jax.value_and_grad(loss))(params))
+
+
+def _error(out, expected, topology: pipeline.Topology) -> float:
+    """The largest difference of an entry of the gradients, or of the loss, over the largest entry there."""
+    loss, grads = expected
+    grads = {**grads, "stages": pipeline.stack_stages(grads["stages"], topology)}
+    differences = jax.tree.map(
+        lambda got, want: np.abs(got - want).max() / np.abs(want).max(), jax.device_get(out), (loss, grads)
+    )
+    return float(max(jax.tree.leaves(differences)))
