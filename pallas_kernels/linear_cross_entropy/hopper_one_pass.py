@@ -27,10 +27,11 @@ _PART = 64  # columns of a tile at a time, for want of registers
 
 def fits(spec, e, c, b, target) -> bool:
     """Whether a problem can be solved and gains: bfloat16, a small classifier and no option beside z_loss."""
+    vocabulary = c.shape[spec.classifier_layout.index("v")]
     plain = b is None and spec.softcap is None and not spec.label_smoothing and not isinstance(target, Draw)
-    tiled = all(size % 8 == 0 for size in c.shape)  # the copy engine writes whole 16 bytes
+    tiled = vocabulary % _PART == 0  # what the copy engine writes in tiles
     small = c.size * 4 <= MOST_CLASSIFIER_BYTES
-    filtered = spec.filter_eps and c.shape[spec.classifier_layout.index("v")] >= hopper_filter.LEAST_VOCABULARY
+    filtered = spec.filter_eps and vocabulary >= hopper_filter.LEAST_VOCABULARY
     return plain and tiled and small and not filtered and spec.operand_dtype == jnp.bfloat16 and e.shape[0] > 0
 
 

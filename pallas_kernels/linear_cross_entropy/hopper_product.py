@@ -20,7 +20,7 @@ def einsum(spec, subscripts, a, b, dtype):
     # The layout of the second operand as the pipeline names it: "vd" where its columns come first.
     spec = spec._replace(classifier_layout="vd" if right[0] == out[1] else "dv")
     width = 128 // jnp.dtype(dtype).itemsize  # of a part of a tile that leaves at a time
-    if columns * jnp.dtype(dtype).itemsize % 16:  # the copy engine writes whole 16 bytes
+    if columns % width:  # what the copy engine writes in tiles
         return jnp.einsum(
             subscripts, *((a, b) if subscripts.startswith(left) else (b, a)), preferred_element_type=dtype
         )
