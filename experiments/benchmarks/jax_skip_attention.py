@@ -139,8 +139,8 @@ def _decoding(asked: dict):
         implementation = None if row == "ours" else "xla"
 
         def f(query, keys, values, active):
-            lengths = jnp.where(active, slots, 0)
-            return decode_attention(query, keys, values, lengths=lengths, implementation=implementation)
+            lengths = jnp.full(batch, slots)
+            return decode_attention(query, keys, values, lengths=lengths, active=active, implementation=implementation)
 
         made = jax.jit(f).lower(query, *cache, jax.ShapeDtypeStruct((batch,), bool)).compile()
         return made, made.memory_analysis().temp_size_in_bytes / 2**20

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import dispatch
+from pallas_kernels.skip_attention import SkipSpec
+from pallas_kernels.skip_attention import attention as skip_attention
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -60,8 +62,9 @@ class DecoderConfig:
       dtype: activations and matrix products; norms and softmax accumulate in float32.
       param_dtype: parameters.
       remat: "none", "dots" (keep matrix products, recompute the rest) or "full" (keep only each layer's input).
-      attention: "xla", "cudnn", or None for cuDNN's flash attention where it can run (NVIDIA compute capability
-        8.0 or later, 16-bit dtype) and XLA elsewhere.
+      attention: "xla", "cudnn", "skip" for `pallas_kernels.skip_attention`, which leaves out blocks and sequences, or
+        None for "skip" where something is to be left out, cuDNN's flash attention where it can run (NVIDIA compute
+        capability 8.0 or later, 16-bit dtype) and XLA elsewhere.
       scan_unroll: layers per iteration of the scan; L removes the loop (faster on GPU, longer to compile).
     """
 
@@ -88,7 +91,7 @@ class DecoderConfig:
     dtype: Any = jnp.bfloat16
     param_dtype: Any = jnp.float32
     remat: Literal["none", "dots", "full"] = "none"
-    attention: Literal["xla", "cudnn"] | None = None
+    attention: Literal["xla", "cudnn", "skip"] | None = None
     scan_unroll: int = 1
 
     def __post_init__(self):
@@ -133,7 +136,7 @@ _CHOICES = {
     "norm": ("layernorm", "rmsnorm"),
     "activation": ("gelu", "swiglu"),
     "remat": ("none", *REMAT_POLICIES),
-    "attention": (None, "xla", "cudnn"),
+    "attention": (None, "xla", "cudnn", "skip"),
 }
 
 _GPT2 = {"vocab_size": 50304, "context_length": 1024}
@@ -159,7 +162,7 @@ def decoder_config(preset: str, **overrides) -> DecoderConfig:
     return DecoderConfig(**{**PRESETS[preset], **overrides})
 
 
-def attention_implementation(config: DecoderConfig) -> Literal["xla", "cudnn"]:
+def attention_implementation(config: DecoderConfig) -> Literal["xla", "cudnn", "skip"]:
     """The attention that `config.attention` means on the target of this program."""
     if config.attention is not None:
         return config.attention
@@ -364,13 +367,37 @@ class Block(nn.Module):
             return x_BxTxD + self.mlp(x_BxTxD, _inverse_rms(self.config, x_BxTxD))
         return x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD))
 
-    def __call__(self, x_BxTxD, layer_scale, rotary):
+    def __call__(self, x_BxTxD, layer_scale, rotary, segments, skip):
         q, k, v = self.heads(x_BxTxD, layer_scale, rotary)
-        return self.feed_forward(self.attended(x_BxTxD, causal_attention(self.config, q, k, v))), None
+        out = causal_attention(self.config, q, k, v, segments=segments, skip=skip)
+        return self.feed_forward(self.attended(x_BxTxD, out)), None
 
 
-def causal_attention(config: DecoderConfig, q_BxTxHxK, k_BxTxGxK, v_BxTxGxK) -> jax.Array:
-    """Each token over itself and what comes before it; [B, T, H, K]."""
+def causal_attention(
+    config: DecoderConfig,
+    q_BxTxHxK,
+    k_BxTxGxK,
+    v_BxTxGxK,
+    *,
+    segments: jax.Array | None = None,
+    skip: SkipSpec | None = None,
+    active: jax.Array | None = None,
+) -> jax.Array:
+    """Each token over itself and what comes before it; [B, T, H, K].
+
+    With `segments` [B, T] over its own segment only, with `skip` over the blocks that this keeps; sequences that are
+    not `active` [B] give 0. What is left out is not computed.
+    """
+    leaves_out = not (segments is None and skip is None and active is None)
+    if config.attention == "skip" or (config.attention is None and leaves_out):
+        return skip_attention(
+            q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, is_causal=True, q_segment_ids=segments, kv_segment_ids=segments, skip=skip,
+            active=active,
+        )  # fmt: skip
+    if leaves_out:
+        raise ValueError(
+            f'attention is {config.attention!r} and leaves nothing out; segments, skip and active need "skip" or None'
+        )
     implementation = attention_implementation(config)
     return jax.nn.dot_product_attention(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, is_causal=True, implementation=implementation)
 
@@ -381,6 +408,8 @@ class Decoder(nn.Module):
     `apply(variables, tokens)` with tokens int [B, T], T <= context_length, gives float32 logits [B, T, V];
     with `return_hidden=True` the normalised hidden states [B, T, D] in `config.dtype`, which together with
     `classifier(params, config)` feed a fused loss that never builds the logits.
+    `segments`, int [B, T], separates documents packed into a row: a token looks at its own only. `skip` is a
+    `pallas_kernels.skip_attention.SkipSpec`, the pairs of blocks that attention keeps in every layer.
     Token ids are not checked here (a traced value cannot raise): the data pipeline does it.
 
     Raises ValueError for a sequence longer than the context and TypeError for tokens that are not integers.
@@ -395,7 +424,7 @@ class Decoder(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, tokens_BxT, *, return_hidden: bool = False):
+    def __call__(self, tokens_BxT, *, return_hidden: bool = False, segments=None, skip=None):
         c = self.config
         if not jnp.issubdtype(tokens_BxT.dtype, jnp.integer):
             raise TypeError(f"tokens must be integers, not {tokens_BxT.dtype}")
@@ -420,11 +449,11 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.num_layers,
             unroll=min(c.scan_unroll, c.num_layers),
         )
-        x, _ = layers(c, name="layers")(x, layer_scales(c), rotary(c, positions))
+        x, _ = layers(c, name="layers")(x, layer_scales(c), rotary(c, positions), segments, skip)
         x = _norm(c, "final_norm")(x)
         if return_hidden:
             return x

@@ -147,7 +147,7 @@ def _routed_layer(network: Network, h, cache, index, g_B, feeds):
     executed = jnp.any(g_B & jnp.any(network.real, axis=1))
 
     def run(h, cache):
-        new, cache = network.attention(h, cache, index)
+        new, cache = network.attention(h, cache, index, g_B)
         new = when(feed, lambda x: network.feed_forward(x, index), new)
         return jnp.where(g_B[:, None, None], new, h), cache
 

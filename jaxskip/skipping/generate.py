@@ -275,7 +275,7 @@ def _decode_step(config, policy, params, policy_params, cache, state, token, liv
         positions=positions,
         index=jnp.broadcast_to(step, positions.shape),
         real=live[:, None],
-        attend=scan.cached_attention(config, policy.layout(config.num_layers), lengths, prompt_slots, step),
+        attend=scan.cached_attention(config, policy.layout(config.num_layers), lengths, prompt_slots, step, live),
     )
     h = decoder.embed_tokens(params, config, token[:, None], positions)
     h, cache, state, ran = policy.decode(network, h, cache, state, policy_params, phase)

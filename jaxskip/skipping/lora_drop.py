@@ -297,7 +297,7 @@ def lora_drop_forward(
     # Their own attention is of no account: the output of a light step's token is replaced.
     hidden = light if policy.kv == "drop" and train_kv == "match" else np.zeros_like(light)
 
-    def attend(q, k, v, _, layer):
+    def attend(q, k, v, _, layer, active):
         mask = causal[None, None] & ~(network.pick(dropped, layer) & jnp.asarray(hidden)[None, None, None])
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla"), None
 

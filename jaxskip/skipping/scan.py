@@ -74,7 +74,8 @@ class Network:
       positions: the tokens' places in their sequences, int [B, T].
       index: which generated token each is, int [B, T]: 1 for the first that decoding feeds back, 0 and less in prompts.
       real: bool [B, T], False for padding and for sequences that have ended.
-      attend: `(q, k, v, cache, layer) -> (out [B, T, H, K], cache)`; with q None it only stores, and gives None.
+      attend: `(q, k, v, cache, layer, active) -> (out [B, T, H, K], cache)`; with q None it only stores, and gives
+        None. Rows that are not `active` [B] (None: all are) may be left out of it.
     """
 
     config: decoder.DecoderConfig
@@ -107,15 +108,18 @@ class Network:
         """`table[layer]`; a NumPy scalar, known while tracing, where `layer` is a Python int and `table` NumPy's."""
         return _pick(table, layer)
 
-    def attention(self, h_BxTxD, cache, layer) -> tuple[jax.Array, Any]:
-        """The residual stream after the attention of `layer`, and the cache with its keys and values."""
-        out, cache = self.attend(*self._heads(h_BxTxD, layer), cache, layer)
+    def attention(self, h_BxTxD, cache, layer, active=None) -> tuple[jax.Array, Any]:
+        """The residual stream after the attention of `layer`, and the cache with its keys and values.
+
+        Where `active` [B] is False the result is of no use, and need not be computed: the caller drops it.
+        """
+        out, cache = self.attend(*self._heads(h_BxTxD, layer), cache, layer, active)
         return self._block(layer, "attended", h_BxTxD, out), cache
 
     def store(self, h_BxTxD, cache, layer) -> Any:
         """The cache with what the attention of `layer` would put into it, and nothing else done."""
         _, k, v = self._heads(h_BxTxD, layer)
-        return self.attend(None, k, v, cache, layer)[1]
+        return self.attend(None, k, v, cache, layer, None)[1]
 
     def feed_forward(self, h_BxTxD, layer) -> jax.Array:
         """The residual stream after the feed-forward block of `layer`."""
@@ -137,8 +141,10 @@ def prompt_attention(config, layout: caches.CacheLayout | None):
     With `layout` None nothing is cached.
     """
 
-    def attend(q, k, v, cache, layer):
-        out = None if q is None else decoder.causal_attention(config, q, k, v)
+    def attend(q, k, v, cache, layer, active):
+        # Other forms of attention compute rows whether these count or not.
+        active = active if config.attention == "skip" else None
+        out = None if q is None else decoder.causal_attention(config, q, k, v, active=active)
         if layout is not None:
             groups, positions = layout.place(config.num_layers)
             for group in range(len(layout.groups)):
@@ -150,15 +156,16 @@ def prompt_attention(config, layout: caches.CacheLayout | None):
     return attend
 
 
-def cached_attention(config, layout: caches.CacheLayout, lengths_B, prompt_slots, step):
+def cached_attention(config, layout: caches.CacheLayout, lengths_B, prompt_slots, step, live_B):
     """`Network.attend` for one new token a sequence: its key and value go into the cache, then it looks at the cache.
 
     The prompt of row b lies in slots 0 to lengths[b] - 1; slots up to `prompt_slots` are padding. A group of stride w
     stores the tokens of steps w, 2 w, ... after them (`step` counts from 1), and attends at these steps only. Only
-    layers that own slots may be asked for.
+    layers that own slots may be asked for. Of sequences that are not `live`, or not active, nothing is read where a
+    kernel does it.
     """
 
-    def attend(q, k, v, cache, layer):
+    def attend(q, k, v, cache, layer, active):
         groups, positions = layout.place(config.num_layers)
 
         def look(group):
@@ -169,8 +176,11 @@ def cached_attention(config, layout: caches.CacheLayout, lengths_B, prompt_slots
                 return None, new
             keys, values = caches.read(new, group, position)
             recent = prompt_slots, count
-            kernel = None if config.attention is None else "xla"
-            out = decode_attention(q[:, 0], keys, values, lengths=lengths_B, recent=recent, implementation=kernel)
+            kernel = "xla" if config.attention in ("xla", "cudnn") else None
+            running = live_B if active is None else live_B & active
+            out = decode_attention(
+                q[:, 0], keys, values, lengths=lengths_B, recent=recent, active=running, implementation=kernel
+            )
             return out[:, None], new
 
         group = _pick(groups, layer) if len(layout.groups) > 1 else 0

@@ -168,7 +168,7 @@ def unified_skip_loss(
     h, (keys_LxBxPxGxK, values_LxBxPxGxK) = _states_and_cache(prefix, h)
     last = prefix.last(h)
 
-    def attend(q, k, v, _, layer):
+    def attend(q, k, v, _, layer, active):
         keys = jnp.concatenate([keys_LxBxPxGxK[layer], k], axis=1)
         values = jnp.concatenate([values_LxBxPxGxK[layer], v], axis=1)
         slot, row = jnp.arange(keys.shape[1])[None, None], jnp.arange(k.shape[1])[None, :, None]
@@ -211,7 +211,7 @@ def _layer(network, h, layer):
 def _states_and_cache(network, h):
     """Last states [B, P, D], and keys and values [L, B, P, G, K] of all layers."""
 
-    def attend(q, k, v, _, layer):
+    def attend(q, k, v, _, layer, active):
         return decoder.causal_attention(network.config, q, k, v), (k, v)
 
     network = dataclasses.replace(network, attend=attend)

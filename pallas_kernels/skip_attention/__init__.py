@@ -1,11 +1,12 @@
 """Attention that neither computes nor loads what it is told to skip.
 
 ``attention`` is the op for sequences, forward and backward; ``SkipSpec`` says which blocks to leave out, ``work_done``
-what that saves. ``decode_attention`` is the form for one new token a sequence, over a cache of keys and values.
+what that saves. ``decode_attention`` is the form for one new token a sequence, over a cache of keys and values that
+``append_kv`` fills.
 
 An implementation of ``attention`` is a module of this package, named as in the registry below, with ``forward`` (see
 ``reference``) and ``backward`` (see ``chunked``); one without ``backward`` is differentiated by JAX. They get lists of
-the blocks to visit, made in ``visits``.
+the blocks to visit, made in ``visits``, and operands whose padding is 0.
 """
 
 import functools
@@ -20,11 +21,11 @@ import numpy as np
 from pallas_kernels import dispatch
 from pallas_kernels.manual_axes import same_manual_axes
 from pallas_kernels.skip_attention import inputs
-from pallas_kernels.skip_attention.decode import decode_attention
+from pallas_kernels.skip_attention.decode import append_kv, decode_attention
 from pallas_kernels.skip_attention.reference import Spec
 from pallas_kernels.skip_attention.skip_spec import SkipSpec
 
-__all__ = ["SkipSpec", "attention", "decode_attention", "work_done"]
+__all__ = ["SkipSpec", "append_kv", "attention", "decode_attention", "work_done"]
 
 
 def attention(
@@ -103,10 +104,15 @@ def attention(
         out, lse = jnp.zeros_like(q), jnp.full((q.shape[0], q.shape[2], q.shape[1]), -jnp.inf, wide)
     else:
         lists = inputs.lists(spec, q, k, places, skip)
+        padded = not all(x is None for x in (query_seq_lengths, key_value_seq_lengths, active))
+        if padded:  # it may hold NaN, which times a probability of 0 is NaN still
+            q, k, v = (_unpadded(x, n) for x, n in ((q, places.q_len), (k, places.kv_len), (v, places.kv_len)))
         # JAX sums the gradient of what all devices share over the devices, outside the custom derivative.
         q, k, v, lists, places = same_manual_axes(jax.tree.map(jnp.asarray, (q, k, v, lists, places)))
         run = _attention if hasattr(_module(spec), "backward") else _without_derivative
         out, lse = run(spec, q, k, v, lists, places)  # pyright: ignore[reportGeneralTypeIssues]
+        if padded:  # nor does its gradient count
+            out = _unpadded(out, places.q_len)
     return (out, lse) if return_lse else out
 
 
@@ -183,6 +189,12 @@ def _chosen(implementation: str | None, q: jax.Array) -> str:
         "reference": dispatch.anywhere,
     }
     return dispatch.choose("attention", implementation, registry)
+
+
+def _unpadded(x: jax.Array, length: jax.Array) -> jax.Array:
+    """x [B, T, ...] with 0 past the lengths [B]."""
+    real = jnp.arange(x.shape[1])[None] < jnp.asarray(length)[:, None]
+    return jnp.where(real.reshape(*real.shape, *[1] * (x.ndim - 2)), x, 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

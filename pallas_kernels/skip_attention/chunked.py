@@ -26,18 +26,19 @@ class _Layout(NamedTuple):
 
     @classmethod
     def of(cls, q: jax.Array, k: jax.Array, rows: Visits) -> "_Layout":
-        return cls(q.shape[0], *rows.index.shape[:2], k.shape[2], q.shape[2] // k.shape[2])
+        batch, heads = rows.index.shape[:2]
+        return cls(q.shape[0], batch, heads, k.shape[2], q.shape[2] // k.shape[2])
 
-    def queries(self, x: jax.Array, length: jax.Array, block: int) -> jax.Array:
+    def queries(self, x: jax.Array, block: int) -> jax.Array:
         """[B, T, Hq, ...] as [U, blocks, N, G, Q, ...]."""
         shared = self.units_heads == 1
         heads = (self.units_heads, self.kv_heads if shared else 1, self.group if shared else 1)
-        return self._tiles(x, length, block, heads)
+        return self._tiles(x, block, heads)
 
-    def keys(self, x: jax.Array, length: jax.Array, block: int) -> jax.Array:
+    def keys(self, x: jax.Array, block: int) -> jax.Array:
         """[B, S, Hkv, d] as [units of keys, blocks, N, K, d]."""
         shared = self.units_heads == 1
-        tiles = self._tiles(x, length, block, (1, self.kv_heads, 1) if shared else (self.kv_heads, 1, 1))
+        tiles = self._tiles(x, block, (1, self.kv_heads, 1) if shared else (self.kv_heads, 1, 1))
         return tiles[:, :, :, 0]
 
     def key_unit(self, unit: jax.Array) -> jax.Array:
@@ -53,10 +54,7 @@ class _Layout(NamedTuple):
         x = jnp.moveaxis(x, (0, 3, 2, 6, 1, 4, 5), range(7))
         return x.reshape(self.batch, blocks * block, -1, *rest)[:, :length]
 
-    def _tiles(self, x, length, block, heads):
-        # Padding may hold NaN, which times a probability of 0 is NaN still.
-        real = jnp.arange(x.shape[1])[None] < length[:, None]
-        x = jnp.where(real.reshape(real.shape + (1,) * (x.ndim - 2)), x, 0)
+    def _tiles(self, x, block, heads):
         x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2))
         batch = (self.units_batch, self.batch // self.units_batch)
         x = x.reshape(*batch, -1, block, *heads, *x.shape[3:])
@@ -70,8 +68,8 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """As ``reference.forward``."""
     layout = _Layout.of(q, k, rows)
-    q_tiles = layout.queries(q, places.q_len, spec.block_q)
-    k_tiles, v_tiles = (layout.keys(x, places.kv_len, spec.block_kv) for x in (k, v))
+    q_tiles = layout.queries(q, spec.block_q)
+    k_tiles, v_tiles = (layout.keys(x, spec.block_kv) for x in (k, v))
     wide = jnp.promote_types(q.dtype, jnp.float32)
 
     def row(unit, i):
@@ -115,11 +113,11 @@ def backward(
     """The gradients of q, k and v from that of the output, g, and delta [B, Hq, T] = sum of g * output over d, less
     the gradient of the log-sum-exp. ``columns`` lists the query blocks of each key block."""
     layout = _Layout.of(q, k, rows)
-    q_tiles, g_tiles = (layout.queries(x, places.q_len, spec.block_q) for x in (q, g))
-    k_tiles, v_tiles = (layout.keys(x, places.kv_len, spec.block_kv) for x in (k, v))
+    q_tiles, g_tiles = (layout.queries(x, spec.block_q) for x in (q, g))
+    k_tiles, v_tiles = (layout.keys(x, spec.block_kv) for x in (k, v))
     # A query that sees nothing has probabilities exp(score - inf) = 0.
     lse = jnp.where(lse == -jnp.inf, -_LOWEST, lse)
-    lse_tiles, delta_tiles = (layout.queries(x.swapaxes(1, 2), places.q_len, spec.block_q) for x in (lse, delta))
+    lse_tiles, delta_tiles = (layout.queries(x.swapaxes(1, 2), spec.block_q) for x in (lse, delta))
 
     def gradient(unit, i, j, seen):
         """(probabilities, gradient of the scores before the scale) of a pair of blocks."""

@@ -16,6 +16,7 @@ def decode_attention(
     *,
     lengths: jax.Array,
     recent: tuple[ArrayLike, ArrayLike] | None = None,
+    active: jax.Array | None = None,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -23,14 +24,15 @@ def decode_attention(
 
     A sequence sees its first ``lengths[b]`` slots and, with ``recent = (start, count)``, slots start to
     start + count - 1 too: prompts of different lengths, padded to one length, and what was generated after them. A
-    sequence that sees nothing (length 0 and nothing recent: it skips this layer) gets exactly 0, and with the kernel
-    nothing of its cache is read.
+    sequence that is not ``active`` (it skips this layer) sees nothing. One that sees nothing gets exactly 0, and with
+    the kernel nothing of its cache is read.
 
     Args:
         query: [B, H, K], bfloat16, float16 or float32.
         keys, values: [B, S, G, K] in the query's dtype; query head h looks at head h // (H / G) of them.
         lengths: [B], integers in [0, S]. Slots that are not seen may hold anything finite.
         recent: start and count, integers or scalar arrays, start + count <= S.
+        active: bool [B], None for all; traced, so that another choice compiles nothing anew.
         scale: of the products; None is 1 / sqrt(K).
         implementation: "mosaic_gpu" (NVIDIA Hopper; 16 bits, K = 64 or 128), "xla", "reference" or None for the best.
 
@@ -50,8 +52,10 @@ def decode_attention(
         >>> decode_attention(jnp.ones((2, 2, 8)), keys, values, lengths=jnp.array([3, 0]))[:, 0, 0].tolist()
         [1.0, 0.0]
     """
-    _check(query, keys, values, lengths)
-    start, count = (0, 0) if recent is None else recent
+    _check(query, keys, values, lengths, active)
+    start, count = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), lengths.shape) for x in recent or (0, 0))
+    if active is not None:
+        lengths, count = (jnp.where(active, x, 0) for x in (lengths, count))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     chosen = _chosen(query, implementation)
     if chosen == "mosaic_gpu":
@@ -59,9 +63,58 @@ def decode_attention(
         kernel = importlib.import_module("pallas_kernels.skip_attention.decode_mosaic_gpu").attend
         return kernel(query, keys, values, lengths, start, count, scale)
     slot = jnp.arange(keys.shape[1])[None]
-    visible = (slot < lengths[:, None]) | ((slot >= start) & (slot < start + count))
+    visible = (slot < lengths[:, None]) | ((slot >= start[:, None]) & (slot < (start + count)[:, None]))
     form = _xla if chosen == "xla" else reference
     return jnp.where(visible.any(axis=1)[:, None, None], form(query, keys, values, visible, scale), 0)
+
+
+def append_kv(
+    keys: jax.Array,
+    values: jax.Array,
+    new_keys: jax.Array,
+    new_values: jax.Array,
+    *,
+    lengths: jax.Array,
+    active: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(keys, values, lengths) of a cache with one more slot for each active sequence; nothing of the others changes.
+
+    A sequence that skips a layer writes nothing there, so that each layer has lengths of its own; rotate keys by the
+    token's place in its sequence before they go in, for their slot says nothing about it. Donate the cache: the slots
+    are then written in place.
+
+    Args:
+        keys, values: [B, S, G, K].
+        new_keys, new_values: [B, G, K] in the dtype of the cache.
+        lengths: [B] integers: slots that are taken. A cache that is full stays as it is.
+        active: bool [B], None for all.
+
+    Returns:
+        The new cache and ``lengths + active``, at most S.
+
+    Raises:
+        ValueError: shapes do not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from pallas_kernels.skip_attention import append_kv
+        >>> cache, new = jnp.zeros((2, 3, 1, 1)), jnp.ones((2, 1, 1))
+        >>> k, _, n = append_kv(cache, cache, new, new, lengths=jnp.array([1, 1]), active=jnp.array([True, False]))
+        >>> k[:, :, 0, 0].tolist(), n.tolist()
+        ([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]], [2, 1])
+    """
+    batch, slots = keys.shape[:2]
+    if values.shape != keys.shape or not new_keys.shape == new_values.shape == (batch, *keys.shape[2:]):
+        raise ValueError(
+            "keys and values must be [B, S, G, K] and what is new [B, G, K]; got shapes "
+            f"{keys.shape}, {values.shape}, {new_keys.shape} and {new_values.shape}"
+        )
+    at = lengths if active is None else jnp.where(active, lengths, slots)
+    rows = jnp.arange(batch)
+    keys, values = (
+        x.at[rows, at].set(new, mode="drop", unique_indices=True) for x, new in ((keys, new_keys), (values, new_values))
+    )
+    return keys, values, lengths + (at < slots)
 
 
 def reference(query, keys, values, visible_BxS, scale):
@@ -93,7 +146,7 @@ def _chosen(query, implementation: str | None) -> str:
     return dispatch.choose("decode_attention", implementation, registry)
 
 
-def _check(query, keys, values, lengths):
+def _check(query, keys, values, lengths, active):
     if query.ndim != 3 or keys.ndim != 4 or keys.shape != values.shape:
         raise ValueError(
             "query must be [B, H, K], keys and values [B, S, G, K] alike; got shapes "
@@ -108,3 +161,5 @@ def _check(query, keys, values, lengths):
         raise TypeError(f"query, keys and values must be floats alike, not {query.dtype}, {keys.dtype}, {values.dtype}")
     if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(f"lengths must be integers [{batch}], not {lengths.dtype} {lengths.shape}")
+    if active is not None and (active.shape != (batch,) or active.dtype != bool):
+        raise ValueError(f"active must be bool [{batch}], not {active.dtype} {active.shape}")

@@ -20,7 +20,7 @@ _LOWEST = -1e30  # the score of what is not visible
 
 
 def attend(query, keys, values, lengths, start, count, scale):
-    """As ``decode_attention``; ``start`` and ``count`` may be traced."""
+    """As ``decode_attention``; ``start`` and ``count`` [B] may be traced."""
     (batch, heads, width), (slots, groups) = query.shape, keys.shape[1:3]
     share = heads // groups
     rows = -(-share // 8) * 8  # copies are whole 8 rows
@@ -29,14 +29,14 @@ def attend(query, keys, values, lengths, start, count, scale):
     parts = min(pl.cdiv(slots, _CHUNK), max(1, hopper.MULTIPROCESSORS // (batch * groups)))
     stages = max(1, _STAGE_BYTES // (2 * _CHUNK * width * query.dtype.itemsize))
     query = jnp.pad(query.reshape(batch, groups, share, width), ((0, 0), (0, 0), (0, rows - share), (0, 0)))
-    recent = jnp.stack([jnp.asarray(x, jnp.int32) for x in (start, count)])
+    recent = jnp.stack([start, jnp.where(count > 0, start + count, 0)])  # an empty range visits no chunk
 
     def body(
         q_g, k_g, v_g, lengths_g, recent_g, out_g, sums_g, q_s, k_s, v_s, p_s, out_s, sums_s, q_full, k_full, v_full
     ):
         b, g, part = (lax.axis_index(name) for name in ("sequence", "head", "part"))
         plgpu.copy_gmem_to_smem(q_g.at[b, g], q_s.at[pl.ds(0, rows)], q_full)
-        length, start, end = lengths_g[b], recent_g[0], recent_g[0] + recent_g[1]
+        length, start, end = lengths_g[b], recent_g[0, b], recent_g[1, b]
         # Chunks of the first slots, then those of the recent ones that are not among them.
         first = lax.div(length + _CHUNK - 1, _CHUNK)
         jump = jnp.maximum(first, lax.div(start, _CHUNK)) - first

@@ -106,12 +106,12 @@ def lists(spec: Spec, q: jax.Array, k: jax.Array, places: Places, skip: SkipSpec
 
 def _blocks(implementation: str, queries: int, keys: int, skip: SkipSpec | None, block_sizes: Any) -> tuple[int, int]:
     if block_sizes is None:
-        sizes = list(_BLOCKS.get(implementation, (128, 128)))
+        sizes = _BLOCKS.get(implementation, (128, 128))
+        if skip is not None:
+            return math.gcd(sizes[0], skip.block_q), math.gcd(sizes[1], skip.block_kv)
         if implementation != "mosaic_gpu":  # short sequences need no more than themselves, in whole tiles
             tile = (16, 128) if implementation == "mosaic_tpu" else (1, 1)
             sizes = [min(size, -(-n // t) * t) for size, n, t in zip(sizes, (queries, keys), tile, strict=True)]
-        if skip is not None:
-            sizes = [math.gcd(size, grain) for size, grain in zip(sizes, (skip.block_q, skip.block_kv), strict=True)]
         return sizes[0], sizes[1]
     if len(block_sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in block_sizes):
         raise ValueError(f"block_sizes must be two positive ints (queries, keys), got {block_sizes!r}")

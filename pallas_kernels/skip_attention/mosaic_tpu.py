@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.skip_attention.reference import Places, Spec, Visits, unpadded
+from pallas_kernels.skip_attention.reference import Places, Spec, Visits
 from pallas_kernels.skip_attention.tpu_schedule import column_schedule, row_schedule
 
 _LOWEST = -1e30  # the score of what is not visible: finite, so that differences are
@@ -66,9 +66,9 @@ def forward(
         schedule,
         call.heads,
         inputs=[
-            call.keys(k, places, schedule),
-            call.keys(v, places, schedule, transposed=True),
-            call.queries(q, places, schedule),
+            call.keys(k, schedule),
+            call.keys(v, schedule, transposed=True),
+            call.queries(q, schedule),
             *call.segments(places, schedule),
         ],
         outputs=[
@@ -129,11 +129,11 @@ def _query_gradient(call, q, k, v, rows, places, statistics, g):
         schedule,
         call.heads,
         inputs=[
-            call.keys(k, places, schedule),
-            call.keys(k, places, schedule, transposed=True),
-            call.keys(v, places, schedule),
-            call.queries(q, places, schedule),
-            call.queries(g, places, schedule),
+            call.keys(k, schedule),
+            call.keys(k, schedule, transposed=True),
+            call.keys(v, schedule),
+            call.queries(q, schedule),
+            call.queries(g, schedule),
             *(call.statistic(x, schedule) for x in statistics),
             *call.segments(places, schedule),
         ],
@@ -175,10 +175,10 @@ def _key_gradients(call, q, k, v, columns, places, statistics, g):
         schedule,
         k.shape[2],
         inputs=[
-            call.keys(k, places, schedule),
-            call.keys(v, places, schedule),
-            call.queries(q, places, schedule),
-            call.queries(g, places, schedule),
+            call.keys(k, schedule),
+            call.keys(v, schedule),
+            call.queries(q, schedule),
+            call.queries(g, schedule),
             *(call.statistic(x, schedule) for x in statistics),
             *call.segments(places, schedule),
         ],
@@ -223,16 +223,16 @@ class _Call:
     def heads_first(self, rest: tuple[int, ...]) -> tuple[int, ...]:
         return (self.batch, self.heads, self.fold, *rest)
 
-    def keys(self, x, places, schedule, transposed=False):
+    def keys(self, x, schedule, transposed=False):
         """[B, S, Hkv, d] as [B, Hkv, S, d] or, ``transposed``, [B, Hkv, d, S], and the block of a step."""
-        x = jnp.moveaxis(self._padded(unpadded(x, places.kv_len), self.padded_kv), 2, 1)
+        x = jnp.moveaxis(self._padded(x, self.padded_kv), 2, 1)
         if transposed:
             return x.swapaxes(2, 3), self._block(schedule, (None, None, x.shape[3], self.block_kv), "bk_c")
         return x, self._block(schedule, (None, None, self.block_kv, x.shape[3]), "bkc_")
 
-    def queries(self, x, places, schedule):
+    def queries(self, x, schedule):
         """[B, T, Hq, d] as [B, heads, fold, T, d], and the block of a step."""
-        x = jnp.moveaxis(self._padded(unpadded(x, places.q_len), self.padded_q), 2, 1)
+        x = jnp.moveaxis(self._padded(x, self.padded_q), 2, 1)
         x = x.reshape(*self.heads_first(x.shape[2:]))
         return x, self._block(schedule, (None, None, self.fold, self.block_q, x.shape[4]), "bq_r_")
 

@@ -49,8 +49,9 @@ class Schedule:
 
     def step(self, b, h, t, entries_ref, lengths) -> Step:
         flags = self._entry(b, h, t, entries_ref) & (2**_FLAG_BITS - 1)
-        kinds = (flags & bit != 0 for bit in (_FIRST, _LAST, _PARTIAL, _FULL))
-        return Step(self.row(b, h, t, entries_ref), self.column(b, h, t, entries_ref), *kinds, lengths)
+        first, last, partial, full = (flags & bit != 0 for bit in (_FIRST, _LAST, _PARTIAL, _FULL))
+        row, column = self.row(b, h, t, entries_ref), self.column(b, h, t, entries_ref)
+        return Step(row, column, first, last, partial, full, lengths)
 
     def row(self, b, h, t, entries_ref, *_):
         """The block of queries."""
@@ -103,7 +104,8 @@ def column_schedule(lists: Visits, kv_heads: int, share: int) -> Schedule:
         x = jnp.broadcast_to(x, (batch, units, share, *x.shape[3:]))
         return x.swapaxes(2, 3).reshape(batch, units, blocks * share, *x.shape[4:])
 
-    return _schedule(*map(merged, (index, full, count)), share, True)
+    index, full, count = map(merged, (index, full, count))
+    return _schedule(index, full, count, share, True)
 
 
 def _schedule(index, full, count, share, of_keys) -> Schedule:

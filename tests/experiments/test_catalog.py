@@ -12,7 +12,18 @@ import pytest
 from experiments import catalog, claims
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-FRAME = {"__init__", "__main__", "catalog", "claims", "cli", "generate", "skipping_frontier", "skipping_toy", "smollm2"}
+FRAME = {
+    "__init__",
+    "__main__",
+    "catalog",
+    "claims",
+    "cli",
+    "generate",
+    "skip_attention",
+    "skipping_frontier",
+    "skipping_toy",
+    "smollm2",
+}
 READY = [system for system in catalog.CATALOG if system.state == "ready"]
 PLANNED = [system for system in catalog.CATALOG if system.state == "planned"]
 

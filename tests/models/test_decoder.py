@@ -16,6 +16,7 @@ from jaxskip.models import (
     fuse_projections,
 )
 from jaxskip.training import make_mesh, param_shardings
+from pallas_kernels.skip_attention import SkipSpec
 
 TINY = {"vocab_size": 96, "context_length": 16, "num_layers": 2, "num_heads": 4, "embed_dim": 32, "dtype": jnp.float32}
 GPT2 = DecoderConfig(**TINY, use_bias=True)
@@ -276,3 +277,34 @@ def test_logits_are_those_of_hugging_faces_llama():
     names |= {f"layers/mlp/{name}/kernel": f"{layer}mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
     params = _from_torch(theirs.state_dict(), LLAMA, names, transpose=True)
     np.testing.assert_allclose(logits(LLAMA, params), expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("change", [{}, {"remat": "full", "scan_unroll": 2}])
+def test_attention_that_skips_gives_the_same_logits_and_gradients(change):
+    """With all blocks below the diagonal kept; float32 sums in another order."""
+    params = init(LLAMA)
+    skip = SkipSpec.sliding(3, 4, window=3)
+
+    def loss(params, config, **options):
+        return jnp.square(Decoder(config).apply({"params": params}, jnp.asarray(TOKENS), **options)).mean()
+
+    plain = jax.jit(jax.value_and_grad(lambda p: loss(p, LLAMA)))(params)
+    config = dataclasses.replace(LLAMA, attention="skip", **change)
+    skipping = jax.jit(jax.value_and_grad(lambda p: loss(p, config, skip=skip)))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, skipping)
+
+
+def test_documents_packed_into_a_row_do_not_see_each_other():
+    """Rotary positions are relative: a packed document has the logits that it has alone."""
+    params = init(LLAMA)
+    segments = jnp.broadcast_to(jnp.arange(12)[None] // 5, (2, 12))
+    packed = Decoder(LLAMA).apply({"params": params}, jnp.asarray(TOKENS), segments=segments)
+    for start, stop in ((0, 5), (5, 10), (10, 12)):
+        alone = logits(LLAMA, params, TOKENS[:, start:stop])
+        np.testing.assert_allclose(packed[:, start:stop], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_other_attentions_refuse_to_leave_something_out():
+    config = dataclasses.replace(LLAMA, attention="xla")
+    with pytest.raises(ValueError, match="leaves nothing out"):
+        Decoder(config).apply({"params": init(LLAMA)}, jnp.asarray(TOKENS), skip=SkipSpec.sliding(3, 4, window=1))

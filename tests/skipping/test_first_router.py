@@ -20,7 +20,9 @@ from jaxskip.skipping import (
     score,
     unstack_layers,
 )
+from jaxskip.skipping import cache as caches
 from jaxskip.skipping.generate import whole_sequences
+from jaxskip.skipping.scan import cached_attention
 from jaxskip.training import make_mesh, param_shardings
 from tests.skipping.hlo import sliced_weights
 from tests.skipping.tiny import GPT2, LLAMA, TEXT, logits, nats, params
@@ -310,3 +312,35 @@ def test_dual_ascent_settles_at_the_target():
 def test_bad_input_is_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_sequences_that_skip_a_layer_are_left_out_of_its_attention():
+    """The rows that want the layer get what all of them get without skipping; the others 0, their cache of no use."""
+    layout = caches.CacheLayout(((0,),))
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(2, 1, heads, LLAMA.head_width)), jnp.float32)
+        for heads in (LLAMA.num_heads, LLAMA.kv_heads, LLAMA.kv_heads)
+    )
+    empty = caches.empty_cache(LLAMA, layout, 2, 4, 2, True)
+    cache = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), empty)
+    live, lengths = jnp.ones(2, bool), jnp.array([3, 4])
+    attend = cached_attention(LLAMA, layout, lengths, 4, 1, live)
+    whole, _ = attend(q, k, v, cache, 0, None)
+    some, _ = attend(q, k, v, cache, 0, jnp.array([False, True]))
+    assert (some[0] == 0).all() and (some[1] == whole[1]).all() and (whole[0] != 0).all()
+    ended, _ = cached_attention(LLAMA, layout, lengths, 4, 1, ~live)(q, k, v, cache, 0, None)
+    assert (ended == 0).all()
+
+
+def test_prompts_that_skip_layers_do_so_in_the_attention_that_skips():
+    g = np.array([[1, 1], [0, 1], [1, 0], [1, 1]], bool)
+    policy = FirstRouter(prompt="skip", **EVERYWHERE)
+    found = {}
+    for attention in ("xla", "skip"):
+        config = dataclasses.replace(LLAMA, attention=attention)
+        routers = routers_for(g)
+        found[attention], _ = score(
+            config, params(LLAMA), TEXT, prompt_length=PROMPT, policy=policy, policy_params=routers
+        )
+    np.testing.assert_allclose(found["skip"], found["xla"], **CLOSE)
