@@ -7,9 +7,11 @@ pause, and compute warpgroups of 64 rows each follow.
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels import hopper
@@ -71,6 +73,114 @@ def my_tiles(work: Schedule):
     return count, tile
 
 
+class Ring(NamedTuple):
+    """Slots in shared memory that the memory warpgroup fills and the compute warpgroups empty, in turn."""
+
+    full: Any
+    empty: Any
+    slots: int
+
+    def slot(self, step):
+        return lax.rem(step, jnp.int32(self.slots))
+
+    def claim(self, step):
+        """The slot of a step, once it is empty."""
+        slot = self.slot(step)
+        plgpu.barrier_wait(self.empty.at[slot])
+        return slot
+
+    def fill(self, step, *copies):
+        """Starts the copies (source, slots) into the slot of a step, once it is empty."""
+        slot = self.claim(step)
+        for source, slots in copies:
+            plgpu.copy_gmem_to_smem(source, slots.at[slot], self.full.at[slot])
+
+    def wait(self, step):
+        """The slot of a step, once it is full."""
+        slot = self.slot(step)
+        plgpu.barrier_wait(self.full.at[slot])
+        return slot
+
+    def release(self, step):
+        plgpu.barrier_arrive(self.empty.at[self.slot(step)])
+
+
+class Turns(NamedTuple):
+    """Compute warpgroups that start their products one after another."""
+
+    barrier: Any
+    group: Any
+    groups: int
+
+    def take(self):
+        plgpu.barrier_wait(self.barrier.at[self.group])
+
+    def give(self):
+        plgpu.barrier_arrive(self.barrier.at[lax.rem(self.group + 1, jnp.int32(self.groups))])
+
+
+def launch(work: Schedule, groups: int, make, operands, outputs, shared, rings):
+    """Runs a kernel of ``groups`` compute warpgroups and one that loads.
+
+    ``make(inputs, outputs, shared, rings, turns)``, of references to ``operands`` (a tree), ``outputs`` (a list) and
+    ``shared`` (a dict), a ``Ring`` for each of ``rings`` (name: (slots, copies at a time)) and ``Turns``, returns
+    ``load(i, tile, step)`` and ``compute(i, tile, step)``: what the two sides do for tile number i of a thread block,
+    (sequence, head, rank), where ``step`` counts up from 0 and is what the tile before returned.
+    """
+    flat, tree = jax.tree.flatten(operands)
+
+    def body(*refs, **scratch):
+        inputs = jax.tree.unflatten(tree, refs[: len(flat)])
+        ring = {name: Ring(scratch.pop(f"{name}_full"), scratch.pop(f"{name}_empty"), rings[name][0]) for name in rings}
+        group = lax.axis_index("group")
+        turns = Turns(scratch.pop("turn"), group, groups)
+        load, compute = make(inputs, refs[len(flat) :], scratch, ring, turns)
+
+        def all_tiles(handle):
+            tiles, tile_at = my_tiles(work)
+            lax.fori_loop(0, tiles, lambda i, step: handle(i, tile_at(i), step), jnp.int32(0))
+
+        def all_slots(use):
+            for each in ring.values():
+                for slot in range(each.slots):
+                    use(each.empty.at[slot])
+
+        @pl.when(group == groups)
+        def _():
+            plgpu.set_max_registers(MEMORY_REGISTERS[groups], action="decrease")
+            all_tiles(load)
+            all_slots(plgpu.barrier_wait)
+
+        @pl.when(group < groups)
+        def _():
+            plgpu.set_max_registers(COMPUTE_REGISTERS[groups], action="increase")
+            all_slots(plgpu.barrier_arrive)
+            pl.when(group == groups - 1)(turns.give)
+            all_tiles(compute)
+            pl.when(group == 0)(turns.take)
+
+    barriers = {"turn": plgpu.Barrier(num_barriers=groups)}
+    for name, (slots, copies) in rings.items():
+        barriers[f"{name}_full"] = plgpu.Barrier(num_arrivals=copies, num_barriers=slots)
+        barriers[f"{name}_empty"] = plgpu.Barrier(num_arrivals=groups, num_barriers=slots)
+    kernel = plgpu.kernel(
+        body,
+        out_type=outputs,
+        scratch_types=shared | barriers,
+        grid=(work.workers,),
+        grid_names=("worker",),
+        num_threads=groups + 1,
+        thread_name="group",
+        compiler_params=hopper.PARAMS,
+    )
+    return kernel(*flat)
+
+
+def tiled(dtype, *shape):
+    """Shared memory that the copy engine fills and the tensor cores read."""
+    return plgpu.SMEM(shape, dtype, transforms=hopper.TRANSFORMS)
+
+
 class Lists(NamedTuple):
     """Visits as a kernel reads them: order [Bm, Hm / share, n] are the rows of blocks, longest list first."""
 
@@ -97,9 +207,11 @@ def _shared(array, b, h):
 
 def lists(visits: Visits, share: int = 1) -> Lists:
     """``share`` heads in turn make up a tile."""
-    index, full, count = (jnp.asarray(x, jnp.int32) for x in visits)
+    count = visits.count
+    xp = np if isinstance(count, np.ndarray) else jnp
     together = count.reshape(count.shape[0], -1, min(share, count.shape[1]), count.shape[2]).sum(axis=2)
-    return Lists(jnp.argsort(-together, axis=-1).astype(jnp.int32), index, full, count)
+    order = xp.argsort(-together, axis=-1, stable=True)
+    return Lists(*(jnp.asarray(x, jnp.int32) for x in (order, *visits)))
 
 
 class Masks(NamedTuple):

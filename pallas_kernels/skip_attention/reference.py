@@ -37,8 +37,8 @@ class Spec(NamedTuple):
 class Places(NamedTuple):
     """Where the tokens of each sequence are, int32: query i of sequence b is at the place of key i + offset[b].
 
-    q_len, kv_len, offset are [B]; queries and keys past the lengths are padding. q_segments [B, T] and kv_segments
-    [B, S] are None, or each query sees keys of its own segment only.
+    q_len, kv_len, offset are [B]; queries and keys past the lengths are padding, and hold 0. q_segments [B, T]
+    and kv_segments [B, S] are None, or each query sees keys of its own segment only.
     """
 
     q_len: Any
@@ -92,8 +92,7 @@ def forward(
     wide = jnp.promote_types(q.dtype, jnp.float32)
     seen = allowed(spec, rows, places, q.shape[1], k.shape[1])
     group = q.shape[2] // k.shape[2]
-    lengths = [places.q_len, places.kv_len, places.kv_len]
-    q_wide, k_wide, v_wide = (_unpadded(x, length).astype(wide) for x, length in zip((q, k, v), lengths, strict=True))
+    q_wide, k_wide, v_wide = (x.astype(wide) for x in (q, k, v))
     k_wide, v_wide = (jnp.repeat(x, group, axis=2) for x in (k_wide, v_wide))
     scores = spec.scale * jnp.einsum("bthd,bshd->bhts", q_wide, k_wide)
     if spec.softcap is not None:
@@ -105,8 +104,3 @@ def forward(
     p = jnp.where(some, jnp.exp(scores - lse), 0)
     out = jnp.einsum("bhts,bshd->bthd", p, v_wide).astype(q.dtype)
     return out, jnp.where(some, lse, -jnp.inf)[..., 0]
-
-
-def _unpadded(x: jax.Array, length: jax.Array) -> jax.Array:
-    """Padding may hold NaN, which times a probability of 0 is NaN still: 0 in its place."""
-    return jnp.where((jnp.arange(x.shape[1])[None] < length[:, None])[:, :, None, None], x, 0)
