@@ -29,16 +29,14 @@ def run(spec: Spec, q, k, v, lists, masks: hopper_tiles.Masks):
     blocks = pl.cdiv(queries, spec.block_q)
     work = hopper_tiles.schedule(batch, heads, blocks, 4 * keys * width // share)
 
-    def make(inputs, outputs, shared, rings, turns):
-        (q_g, k_g, v_g, lists, masks), (o_g, lse_g) = inputs, outputs
+    def make(inputs, lists, outputs, shared, rings, turns):
+        (q_g, k_g, v_g, masks), (o_g, lse_g) = inputs, outputs
         q_s, k_s, v_s = shared["q_s"], shared["k_s"], shared["v_s"]
         scaled = hopper_tiles.factor(spec) * hopper.LOG2E
         s_acc = plgpu.ACC((hopper.ROWS, spec.block_kv), jnp.float32)
 
         def load(i, tile, step):
-            b, h, rank = tile
-            row = lists.row(b, h, rank)
-            _, count, block_at = lists.visits(b, h, row)
+            b, h, row, _, count = tile
 
             slot = rings["q"].claim(i)
 
@@ -51,23 +49,21 @@ def run(spec: Spec, q, k, v, lists, masks: hopper_tiles.Masks):
                 here = b, pl.ds(block * spec.block_kv, spec.block_kv), lax.div(h, jnp.int32(share))
                 rings["k"].fill(step + t, (k_g.at[here], k_s))
                 rings["v"].fill(step + t, (v_g.at[here], v_s))
-                return block_at(t + 1)
+                return lists.block(b, h, row, t + 1)
 
-            lax.fori_loop(0, count, load_block, block_at(0))
+            lax.fori_loop(0, count, load_block, lists.block(b, h, row, 0))
             return step + count
 
         def compute(i, tile, step):
-            b, h, rank = tile
-            row = lists.row(b, h, rank)
-            full, count, block_at = lists.visits(b, h, row)
+            b, h, row, full, count = tile
             mine = rings["q"].slot(i), pl.ds(turns.group * hopper.ROWS, hopper.ROWS)
             first_q = row * spec.block_q + turns.group * hopper.ROWS
 
-            def softmax(t, s, top, total, masking):
-                """(p, new top, new total, factor of what came before) of the products of turn t."""
+            def softmax(s, top, total, block):
+                """(p, new top, new total, factor of what came before) of products; ``block`` is None or one to mask."""
                 s = hopper_tiles.capped(spec, s)
-                if masking:
-                    seen = hopper_tiles.mask(spec, s, masks, b, first_q, block_at(t) * spec.block_kv, query_axis=0)
+                if block is not None:
+                    seen = hopper_tiles.mask(spec, s, masks, b, first_q, block * spec.block_kv, query_axis=0)
                     s = jnp.where(seen, s, -jnp.inf)
                 new_top = jnp.maximum(top, jnp.max(s, axis=1))
                 p = jnp.exp2(s * scaled - hopper.across(new_top * scaled, s))
@@ -85,29 +81,31 @@ def run(spec: Spec, q, k, v, lists, masks: hopper_tiles.Masks):
                 """The products that ``start`` started; ``pending`` later ones may still be on their way."""
                 if TURNS:
                     turns.give()
-                s = plgpu.wgmma_accumulator_load(s_acc, wait_n=pending)
+                s = hopper.products(s_acc, pending)
                 rings["k"].release(step + t)
                 return s
 
             def first(_, carry, masking):
                 out, _, top, total = carry
+                block = lists.block(b, h, row, 0) if masking else None
 
                 def products(s_acc):
                     start(0, s_acc)
                     return finish(0, s_acc, 0)
 
-                p, top, total, _ = softmax(0, pl.run_scoped(products, s_acc), top, total, masking)
+                p, top, total, _ = softmax(pl.run_scoped(products, s_acc), top, total, block)
                 return out, p.astype(q.dtype), top, total
 
             def following(t, carry, masking):
                 out, p, top, total = carry
+                block = lists.block(b, h, row, t) if masking else None
 
                 def products(s_acc):
                     start(t, s_acc)
                     slot = rings["v"].wait(step + t - 1)
 
                     def meanwhile():
-                        found = softmax(t, finish(t, s_acc, 1), top, total, masking)
+                        found = softmax(finish(t, s_acc, 1), top, total, block)
                         if PINNED:
                             hopper.store(shared["pin_s"].at[turns.group], found[2])
                         return found
@@ -166,4 +164,4 @@ def run(spec: Spec, q, k, v, lists, masks: hopper_tiles.Masks):
     if PINNED:
         shared["pin_s"] = plgpu.SMEM((groups, hopper.ROWS), jnp.float32)
     rings = {"q": (2, 1), "k": (stages, 1), "v": (stages, 1)}
-    return hopper_tiles.launch(work, groups, make, (q, k, v, lists, masks), outputs, shared, rings)
+    return hopper_tiles.launch(work, groups, make, (q, k, v, masks), lists, outputs, shared, rings)

@@ -34,8 +34,8 @@ def _backward(spec, q, k, v, rows, columns, masks, lse, delta, do):
     # Rows that see nothing, and those past the end, get probabilities of exp(-inf).
     lse2 = jnp.where(lse == -jnp.inf, jnp.inf, lse * hopper.LOG2E)
     padding = ((0, 0), (0, 0), (0, -lse.shape[2] % spec.block_q))
-    lse2, delta = jnp.pad(lse2, padding, constant_values=jnp.inf), jnp.pad(delta, padding)
-    operands = q, k, v, do.astype(q.dtype), lse2, delta
+    lse2, less = jnp.pad(lse2, padding, constant_values=jnp.inf), jnp.pad(-delta, padding)
+    operands = q, k, v, do.astype(q.dtype), lse2, less
     dq = hopper_backward.query_gradient(spec, *operands, rows, masks)
     return dq, *hopper_backward.key_gradients(spec, *operands, columns, masks)
 
