@@ -60,11 +60,29 @@ def zeros(columns, dtype=jnp.float32):
     return plgpu.layout_cast(jnp.zeros((ROWS, columns), dtype), plgpu.Layout.WGMMA)
 
 
-def product_onto(total, a, b_ref, meanwhile):
-    """(total + a b, meanwhile()), with ``a`` in registers and ``b_ref`` in shared memory; both are done at once.
+def products(acc, pending=0):
+    """The products in ``acc``, while the last ``pending`` that were started may still be on their way."""
+    # Pinned after the wait, across which the compiler would move what uses them.
+    return lax.optimization_barrier(plgpu.wgmma_accumulator_load(acc, wait_n=pending))
 
-    One call, so that a test can replace it: the interpreter has no products of registers.
-    """
+
+# What follows are calls so that a test can replace them: the interpreter has no products of registers, and no sums of
+# products that start from anything but 0.
+
+
+def start_from(acc, value):
+    """Lets a sum of products start from ``value``."""
+    acc[...] = value
+
+
+def sum_from(acc, value, pending=0):
+    """``products`` of a sum that started from ``value``."""
+    del value
+    return products(acc, pending)
+
+
+def product_onto(total, a, b_ref, meanwhile):
+    """(total + a b, meanwhile()), with ``a`` in registers and ``b_ref`` in shared memory; both are done at once."""
 
     def multiply(acc):
         acc[...] = total

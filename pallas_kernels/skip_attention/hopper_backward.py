@@ -1,7 +1,7 @@
 """NVIDIA Hopper, backward: one kernel owns rows of queries (dq), one owns rows of keys (dk and dv).
 
 Each recomputes the probabilities from the log-sum-exp. Every output has one owner and every sum one order: results do
-not depend on the order of execution.
+not depend on the order of execution. What streams past the owner comes 64 tokens at a time.
 """
 
 import functools
@@ -16,310 +16,194 @@ from pallas_kernels import hopper
 from pallas_kernels.skip_attention import hopper_tiles
 from pallas_kernels.skip_attention.reference import Spec
 
-_STAGES = 3  # tiles of 64 tokens on their way
+STAGES = 3
+_ACC = plgpu.ACC((hopper.ROWS, hopper.ROWS), jnp.float32)
 
 
-def query_gradient(spec: Spec, q, k, v, do, lse2, delta, lists, masks: hopper_tiles.Masks):
-    """dq. ``lse2`` and ``delta`` are [B, Hq, T in whole blocks]; ``lse2`` is the log-sum-exp in units of log(2), and
-    infinite where all probabilities are 0.
+def query_gradient(spec: Spec, q, k, v, do, lse2, less, lists, masks: hopper_tiles.Masks):
+    """dq. ``lse2`` and ``less`` are [B, Hq, T in whole blocks]: the log-sum-exp in units of log(2), infinite where all
+    probabilities are 0, and what is added to the gradients of the probabilities.
     """
     (batch, queries, heads, width), keys, kv_heads = q.shape, k.shape[1], k.shape[2]
     groups, share, parts = spec.block_q // hopper.ROWS, heads // kv_heads, spec.block_kv // hopper.ROWS
     work = hopper_tiles.schedule(batch, heads, pl.cdiv(queries, spec.block_q), 4 * keys * width // share)
-    flat, tree = jax.tree.flatten((lists, masks))
 
-    def body(
-        q_g,
-        do_g,
-        k_g,
-        v_g,
-        lse_g,
-        delta_g,
-        *refs,
-        q_s,
-        do_s,
-        k_s,
-        v_s,
-        full,
-        empty,
-        k_full,
-        v_full,
-        k_empty,
-        v_empty,
-    ):
-        *flat, dq_g = refs
-        lists, masks = jax.tree.unflatten(tree, flat)
-        group = lax.axis_index("group")
+    def make(inputs, lists, outputs, shared, rings, turns):
+        (q_g, k_g, v_g, do_g, lse_g, less_g, masks), (dq_g,) = inputs, outputs
+        q_s, k_s, v_s, do_s = (shared[name] for name in ("q_s", "k_s", "v_s", "do_s"))
 
-        @pl.when(group == groups)
-        def _():
-            plgpu.set_max_registers(hopper_tiles.MEMORY_REGISTERS[groups], action="decrease")
-            tiles, tile_at = hopper_tiles.my_tiles(work)
+        def load(i, tile, step):
+            b, h, row, _, count = tile
+            slot = rings["q"].claim(i)
 
-            def load_tile(i, step):
-                b, h, rank = tile_at(i)
-                row = lists.row(b, h, rank)
-                _, count, block_at = lists.visits(b, h, row)
-                plgpu.barrier_wait(empty)
+            @pl.when(count > 0)
+            def _():
+                here = b, pl.ds(row * spec.block_q, spec.block_q), h
+                plgpu.copy_gmem_to_smem(q_g.at[here], q_s.at[slot], rings["q"].full.at[slot])
+                plgpu.copy_gmem_to_smem(do_g.at[here], do_s.at[slot], rings["q"].full.at[slot])
 
-                @pl.when(count > 0)
-                def _():
-                    here = b, pl.ds(row * spec.block_q, spec.block_q), h
-                    plgpu.copy_gmem_to_smem(q_g.at[here], q_s, full)
-                    plgpu.copy_gmem_to_smem(do_g.at[here], do_s, full)
+            def load_part(t, block):
+                part = pl.ds(block * spec.block_kv + lax.rem(t, parts) * hopper.ROWS, hopper.ROWS)
+                here = b, part, lax.div(h, jnp.int32(share))
+                rings["kv"].fill(step + t, (k_g.at[here], k_s), (v_g.at[here], v_s))
+                return lists.block(b, h, row, lax.div(t + 1, parts))
 
-                def load(t, block):
-                    slot = lax.rem(step + t, _STAGES)
-                    part = pl.ds(block * spec.block_kv + lax.rem(t, parts) * hopper.ROWS, hopper.ROWS)
-                    here = b, part, lax.div(h, jnp.int32(share))
-                    plgpu.barrier_wait(k_empty.at[slot])
-                    plgpu.copy_gmem_to_smem(k_g.at[here], k_s.at[slot], k_full.at[slot])
-                    plgpu.barrier_wait(v_empty.at[slot])
-                    plgpu.copy_gmem_to_smem(v_g.at[here], v_s.at[slot], v_full.at[slot])
-                    return block_at(lax.div(t + 1, parts))
+            lax.fori_loop(0, count * parts, load_part, lists.block(b, h, row, 0))
+            return step + count * parts
 
-                lax.fori_loop(0, count * parts, load, block_at(0))
-                return step + count * parts
+        def compute(i, tile, step):
+            b, h, row, full, count = tile
+            mine = rings["q"].slot(i), pl.ds(turns.group * hopper.ROWS, hopper.ROWS)
+            first_q = row * spec.block_q + turns.group * hopper.ROWS
+            lse, less_rows = (hopper.rows(x.at[b, h, pl.ds(first_q, hopper.ROWS)]) for x in (lse_g, less_g))
 
-            lax.fori_loop(0, tiles, load_tile, jnp.int32(0))
-            plgpu.barrier_wait(empty)
-            for slot in range(_STAGES):
-                plgpu.barrier_wait(k_empty.at[slot])
-                plgpu.barrier_wait(v_empty.at[slot])
+            def part(t, dq, masking):
+                block = lists.block(b, h, row, lax.div(t, parts)) if masking else None
+                less = hopper.across(less_rows, _ACC)
 
-        @pl.when(group < groups)
-        def _():
-            plgpu.set_max_registers(hopper_tiles.COMPUTE_REGISTERS[groups], action="increase")
-            tiles, tile_at = hopper_tiles.my_tiles(work)
-            mine = pl.ds(group * hopper.ROWS, hopper.ROWS)
-            plgpu.barrier_arrive(empty)
-            for slot in range(_STAGES):
-                plgpu.barrier_arrive(k_empty.at[slot])
-                plgpu.barrier_arrive(v_empty.at[slot])
+                def score_gradients(s_acc, dp_acc):
+                    slot = rings["kv"].wait(step + t)
+                    hopper.start_from(dp_acc, less)
+                    plgpu.wgmma(s_acc, q_s.at[mine], hopper.transposed(k_s.at[slot]))
+                    plgpu.wgmma(dp_acc, do_s.at[mine], hopper.transposed(v_s.at[slot]))
+                    s = hopper.products(s_acc, pending=1)
+                    seen = None
+                    if masking:
+                        first_kv = block * spec.block_kv + lax.rem(t, parts) * hopper.ROWS
+                        seen = hopper_tiles.mask(spec, s, masks, b, first_q, first_kv, query_axis=0)
+                    slope = hopper_tiles.probabilities(spec, s, hopper.across(lse, s), seen)[1]
+                    return (slope * hopper.sum_from(dp_acc, less)).astype(q.dtype), slot
 
-            def compute_tile(i, step):
-                b, h, rank = tile_at(i)
-                row = lists.row(b, h, rank)
-                n_full, count, block_at = lists.visits(b, h, row)
-                first_q = row * spec.block_q + group * hopper.ROWS
-                lse, delta = (hopper.rows(x.at[b, h, pl.ds(first_q, hopper.ROWS)]) for x in (lse_g, delta_g))
+                ds, slot = pl.run_scoped(score_gradients, _ACC, _ACC)
+                dq, _ = hopper.product_onto(dq, ds, k_s.at[slot], lambda: None)
+                rings["kv"].release(step + t)
+                return dq
 
-                def part(t, dq, masking):
-                    slot = lax.rem(step + t, _STAGES)
+            @pl.when(count > 0)
+            def _():
+                rings["q"].wait(i)
 
-                    def scores(s_acc, dp_acc):
-                        plgpu.barrier_wait(k_full.at[slot])
-                        plgpu.wgmma(s_acc, q_s.at[mine], hopper.transposed(k_s.at[slot]))
-                        plgpu.barrier_wait(v_full.at[slot])
-                        plgpu.wgmma(dp_acc, do_s.at[mine], hopper.transposed(v_s.at[slot]))
-                        s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                        seen = None
-                        if masking:
-                            first_kv = block_at(lax.div(t, parts)) * spec.block_kv
-                            first_kv += lax.rem(t, parts) * hopper.ROWS
-                            seen = hopper_tiles.mask(spec, s, masks, b, first_q, first_kv, query_axis=0)
-                        slope = hopper_tiles.probabilities(spec, s, hopper.across(lse, s), seen)[1]
-                        dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
-                        plgpu.barrier_arrive(v_empty.at[slot])
-                        return slope * (dp - hopper.across(delta, dp))
+            dq = hopper.zeros(width)
+            dq = lax.fori_loop(0, full * parts, functools.partial(part, masking=False), dq)
+            dq = lax.fori_loop(full * parts, count * parts, functools.partial(part, masking=True), dq)
+            q_s[mine] = (dq * spec.scale).astype(q.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(q_s.at[mine], dq_g.at[b, pl.ds(first_q, hopper.ROWS), h])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            rings["q"].release(i)
+            return step + count * parts
 
-                    acc = plgpu.ACC((hopper.ROWS, hopper.ROWS), jnp.float32)
-                    ds = pl.run_scoped(scores, acc, acc)
-                    dq, _ = hopper.product_onto(dq, ds.astype(q.dtype), k_s.at[slot], lambda: None)
-                    plgpu.barrier_arrive(k_empty.at[slot])
-                    return dq
+        return load, compute
 
-                @pl.when(count > 0)
-                def _():
-                    plgpu.barrier_wait(full)
-
-                dq = hopper.zeros(width)
-                dq = lax.fori_loop(0, n_full * parts, functools.partial(part, masking=False), dq)
-                dq = lax.fori_loop(n_full * parts, count * parts, functools.partial(part, masking=True), dq)
-                q_s[mine] = (dq * spec.scale).astype(q.dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(q_s.at[mine], dq_g.at[b, pl.ds(first_q, hopper.ROWS), h])
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.barrier_arrive(empty)
-                return step + count * parts
-
-            lax.fori_loop(0, tiles, compute_tile, jnp.int32(0))
-
-    def shared(*shape):
-        return plgpu.SMEM(shape, q.dtype, transforms=hopper.TRANSFORMS)
-
-    kernel = plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        scratch_types={
-            "q_s": shared(spec.block_q, width),
-            "do_s": shared(spec.block_q, width),
-            "k_s": shared(_STAGES, hopper.ROWS, width),
-            "v_s": shared(_STAGES, hopper.ROWS, width),
-            "full": plgpu.Barrier(num_arrivals=2),
-            "empty": plgpu.Barrier(num_arrivals=groups),
-            "k_full": plgpu.Barrier(num_barriers=_STAGES),
-            "v_full": plgpu.Barrier(num_barriers=_STAGES),
-            "k_empty": plgpu.Barrier(num_arrivals=groups, num_barriers=_STAGES),
-            "v_empty": plgpu.Barrier(num_arrivals=groups, num_barriers=_STAGES),
-        },
-        grid=(work.workers,),
-        grid_names=("worker",),
-        num_threads=groups + 1,
-        thread_name="group",
-        compiler_params=hopper.PARAMS,
-    )
-    return kernel(q, do, k, v, lse2, delta, *flat)
+    shared = {
+        "q_s": hopper_tiles.tiled(q.dtype, 2, spec.block_q, width),
+        "do_s": hopper_tiles.tiled(q.dtype, 2, spec.block_q, width),
+        "k_s": hopper_tiles.tiled(q.dtype, STAGES, hopper.ROWS, width),
+        "v_s": hopper_tiles.tiled(q.dtype, STAGES, hopper.ROWS, width),
+    }
+    rings = {"q": (2, 2), "kv": (STAGES, 2)}
+    operands = q, k, v, do, lse2, less, masks
+    outputs = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+    return hopper_tiles.launch(work, groups, make, operands, lists, outputs, shared, rings)[0]
 
 
-def key_gradients(spec: Spec, q, k, v, do, lse2, delta, lists, masks: hopper_tiles.Masks):
+def key_gradients(spec: Spec, q, k, v, do, lse2, less, lists, masks: hopper_tiles.Masks):
     """(dk, dv), as ``query_gradient``. A tile takes the query heads that share its keys in turn."""
     (batch, _, heads, width), keys, kv_heads = q.shape, k.shape[1], k.shape[2]
     groups, share, parts = spec.block_kv // hopper.ROWS, heads // kv_heads, spec.block_q // hopper.ROWS
-    work = hopper_tiles.schedule(batch, kv_heads, pl.cdiv(keys, spec.block_kv), 4 * q.shape[1] * width * share)
-    flat, tree = jax.tree.flatten((lists, masks))
+    work = hopper_tiles.schedule(batch, kv_heads, pl.cdiv(keys, spec.block_kv), 4 * q.shape[1] * width * share, share)
 
-    def body(
-        q_g, do_g, k_g, v_g, lse_g, delta_g, *refs,
-        q_s, do_s, k_s, v_s, lse_s, delta_s, full, empty, q_full, do_full, q_empty, do_empty,
-    ):  # fmt: skip
-        *flat, dk_g, dv_g = refs
-        lists, masks = jax.tree.unflatten(tree, flat)
-        group = lax.axis_index("group")
+    def make(inputs, lists, outputs, shared, rings, turns):
+        (q_g, k_g, v_g, do_g, lse_g, less_g, masks), (dk_g, dv_g) = inputs, outputs
+        q_s, k_s, v_s, do_s, lse_s, less_s = (shared[name] for name in ("q_s", "k_s", "v_s", "do_s", "lse_s", "less_s"))
 
-        @pl.when(group == groups)
-        def _():
-            plgpu.set_max_registers(hopper_tiles.MEMORY_REGISTERS[groups], action="decrease")
-            tiles, tile_at = hopper_tiles.my_tiles(work)
+        def over_heads(kv_head, head, carry):
+            return lax.fori_loop(kv_head * share, (kv_head + 1) * share, head, carry)
 
-            def load_tile(i, step):
-                b, kv_head, rank = tile_at(i)
-                row = lists.row(b, kv_head, rank)
-                plgpu.barrier_wait(empty)
-                here = b, pl.ds(row * spec.block_kv, spec.block_kv), kv_head
-                plgpu.copy_gmem_to_smem(k_g.at[here], k_s, full)
-                plgpu.copy_gmem_to_smem(v_g.at[here], v_s, full)
+        def load(i, tile, step):
+            b, kv_head, row, *sizes = tile
+            here = b, pl.ds(row * spec.block_kv, spec.block_kv), kv_head
+            rings["k"].fill(i, (k_g.at[here], k_s), (v_g.at[here], v_s))
 
-                def load_head(h, step):
-                    _, count, block_at = lists.visits(b, h, row)
+            def head(h, step):
+                _, count = sizes if share == 1 else lists.sizes(b, h, row)
 
-                    def load(t, block):
-                        slot = lax.rem(step + t, _STAGES)
-                        part = pl.ds(block * spec.block_q + lax.rem(t, parts) * hopper.ROWS, hopper.ROWS)
-                        plgpu.barrier_wait(q_empty.at[slot])
-                        plgpu.copy_gmem_to_smem(q_g.at[b, part, h], q_s.at[slot], q_full.at[slot])
-                        plgpu.copy_gmem_to_smem(lse_g.at[b, h, part], lse_s.at[slot], q_full.at[slot])
-                        plgpu.barrier_wait(do_empty.at[slot])
-                        plgpu.copy_gmem_to_smem(do_g.at[b, part, h], do_s.at[slot], do_full.at[slot])
-                        plgpu.copy_gmem_to_smem(delta_g.at[b, h, part], delta_s.at[slot], do_full.at[slot])
-                        return block_at(lax.div(t + 1, parts))
+                def load_part(t, block):
+                    part = pl.ds(block * spec.block_q + lax.rem(t, parts) * hopper.ROWS, hopper.ROWS)
+                    tiles = (q_g.at[b, part, h], q_s), (do_g.at[b, part, h], do_s)
+                    per_query = (lse_g.at[b, h, part], lse_s), (less_g.at[b, h, part], less_s)
+                    rings["q"].fill(step + t, *tiles, *per_query)
+                    return lists.block(b, h, row, lax.div(t + 1, parts))
 
-                    lax.fori_loop(0, count * parts, load, block_at(0))
-                    return step + count * parts
+                lax.fori_loop(0, count * parts, load_part, lists.block(b, h, row, 0))
+                return step + count * parts
 
-                return lax.fori_loop(kv_head * share, (kv_head + 1) * share, load_head, step)
+            return over_heads(kv_head, head, step)
 
-            lax.fori_loop(0, tiles, load_tile, jnp.int32(0))
-            plgpu.barrier_wait(empty)
-            for slot in range(_STAGES):
-                plgpu.barrier_wait(q_empty.at[slot])
-                plgpu.barrier_wait(do_empty.at[slot])
+        def compute(i, tile, step):
+            b, kv_head, row, *sizes = tile
+            mine = rings["k"].wait(i), pl.ds(turns.group * hopper.ROWS, hopper.ROWS)
+            first_kv = row * spec.block_kv + turns.group * hopper.ROWS
 
-        @pl.when(group < groups)
-        def _():
-            plgpu.set_max_registers(hopper_tiles.COMPUTE_REGISTERS[groups], action="increase")
-            tiles, tile_at = hopper_tiles.my_tiles(work)
-            mine = pl.ds(group * hopper.ROWS, hopper.ROWS)
-            plgpu.barrier_arrive(empty)
-            for slot in range(_STAGES):
-                plgpu.barrier_arrive(q_empty.at[slot])
-                plgpu.barrier_arrive(do_empty.at[slot])
+            def head(h, carry):
+                step, dk, dv = carry
+                full, count = sizes if share == 1 else lists.sizes(b, h, row)
 
-            def compute_tile(i, step):
-                b, kv_head, rank = tile_at(i)
-                row = lists.row(b, kv_head, rank)
-                first_kv = row * spec.block_kv + group * hopper.ROWS
-                plgpu.barrier_wait(full)
+                def part(t, carry, masking):
+                    dk, dv = carry
+                    block = lists.block(b, h, row, lax.div(t, parts)) if masking else None
 
-                def head(h, carry):
-                    step, dk, dv = carry
-                    n_full, count, block_at = lists.visits(b, h, row)
+                    def value_gradient(s_acc, dp_acc):
+                        slot = rings["q"].wait(step + t)
+                        less = hopper.down(hopper.load(less_s.at[slot], plgpu.Layout.WGMMA.reduce(0)), dp_acc)
+                        hopper.start_from(dp_acc, less)
+                        plgpu.wgmma(s_acc, k_s.at[mine], hopper.transposed(q_s.at[slot]))
+                        plgpu.wgmma(dp_acc, v_s.at[mine], hopper.transposed(do_s.at[slot]))
+                        s = hopper.products(s_acc, pending=1)
+                        lse = hopper.load(lse_s.at[slot], plgpu.Layout.WGMMA.reduce(0))
+                        plgpu.commit_smem()  # what was read is loaded anew
+                        seen = None
+                        if masking:
+                            first_q = block * spec.block_q + lax.rem(t, parts) * hopper.ROWS
+                            seen = hopper_tiles.mask(spec, s, masks, b, first_q, first_kv, query_axis=1)
+                        p, slope = hopper_tiles.probabilities(spec, s, hopper.down(lse, s), seen)
 
-                    def part(t, carry, masking):
-                        dk, dv = carry
-                        slot = lax.rem(step + t, _STAGES)
+                        def meanwhile():
+                            return (slope * hopper.sum_from(dp_acc, less, pending=1)).astype(q.dtype)
 
-                        def scores(s_acc, dp_acc):
-                            plgpu.barrier_wait(q_full.at[slot])
-                            plgpu.wgmma(s_acc, k_s.at[mine], hopper.transposed(q_s.at[slot]))
-                            plgpu.barrier_wait(do_full.at[slot])
-                            plgpu.wgmma(dp_acc, v_s.at[mine], hopper.transposed(do_s.at[slot]))
-                            lse = hopper.load(lse_s.at[slot], plgpu.Layout.WGMMA.reduce(0))
-                            s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                            seen = None
-                            if masking:
-                                first_q = block_at(lax.div(t, parts)) * spec.block_q
-                                first_q += lax.rem(t, parts) * hopper.ROWS
-                                seen = hopper_tiles.mask(spec, s, masks, b, first_q, first_kv, query_axis=1)
-                            p, slope = hopper_tiles.probabilities(spec, s, hopper.down(lse, s), seen)
+                        return *hopper.product_onto(dv, p.astype(q.dtype), do_s.at[slot], meanwhile), slot
 
-                            def meanwhile():
-                                delta = hopper.load(delta_s.at[slot], plgpu.Layout.WGMMA.reduce(0))
-                                plgpu.commit_smem()  # what was read is loaded anew
-                                dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
-                                return (slope * (dp - hopper.down(delta, dp))).astype(q.dtype)
+                    dv, ds, slot = pl.run_scoped(value_gradient, _ACC, _ACC)
+                    dk, _ = hopper.product_onto(dk, ds, q_s.at[slot], lambda: None)
+                    rings["q"].release(step + t)
+                    return dk, dv
 
-                            return hopper.product_onto(dv, p.astype(q.dtype), do_s.at[slot], meanwhile)
+                carry = lax.fori_loop(0, full * parts, functools.partial(part, masking=False), (dk, dv))
+                carry = lax.fori_loop(full * parts, count * parts, functools.partial(part, masking=True), carry)
+                return step + count * parts, *carry
 
-                        acc = plgpu.ACC((hopper.ROWS, hopper.ROWS), jnp.float32)
-                        new_dv, ds = pl.run_scoped(scores, acc, acc)
-                        plgpu.barrier_arrive(do_empty.at[slot])
-                        new_dk, _ = hopper.product_onto(dk, ds, q_s.at[slot], lambda: None)
-                        plgpu.barrier_arrive(q_empty.at[slot])
-                        return new_dk, new_dv
+            step, dk, dv = over_heads(kv_head, head, (step, hopper.zeros(width), hopper.zeros(width)))
+            k_s[mine] = (dk * spec.scale).astype(q.dtype)
+            v_s[mine] = dv.astype(q.dtype)
+            plgpu.commit_smem()
+            here = b, pl.ds(first_kv, hopper.ROWS), kv_head
+            plgpu.copy_smem_to_gmem(k_s.at[mine], dk_g.at[here])
+            plgpu.copy_smem_to_gmem(v_s.at[mine], dv_g.at[here])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            rings["k"].release(i)
+            return step
 
-                    carry = lax.fori_loop(0, n_full * parts, functools.partial(part, masking=False), (dk, dv))
-                    carry = lax.fori_loop(n_full * parts, count * parts, functools.partial(part, masking=True), carry)
-                    return step + count * parts, *carry
+        return load, compute
 
-                carry = step, hopper.zeros(width), hopper.zeros(width)
-                step, dk, dv = lax.fori_loop(kv_head * share, (kv_head + 1) * share, head, carry)
-                k_s[mine] = (dk * spec.scale).astype(q.dtype)
-                v_s[mine] = dv.astype(q.dtype)
-                plgpu.commit_smem()
-                here = b, pl.ds(first_kv, hopper.ROWS), kv_head
-                plgpu.copy_smem_to_gmem(k_s.at[mine], dk_g.at[here])
-                plgpu.copy_smem_to_gmem(v_s.at[mine], dv_g.at[here])
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.barrier_arrive(empty)
-                return step
-
-            lax.fori_loop(0, tiles, compute_tile, jnp.int32(0))
-
-    def shared(*shape):
-        return plgpu.SMEM(shape, q.dtype, transforms=hopper.TRANSFORMS)
-
-    kernel = plgpu.kernel(
-        body,
-        out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
-        scratch_types={
-            "q_s": shared(_STAGES, hopper.ROWS, width),
-            "do_s": shared(_STAGES, hopper.ROWS, width),
-            "k_s": shared(spec.block_kv, width),
-            "v_s": shared(spec.block_kv, width),
-            "lse_s": plgpu.SMEM((_STAGES, hopper.ROWS), jnp.float32),
-            "delta_s": plgpu.SMEM((_STAGES, hopper.ROWS), jnp.float32),
-            "full": plgpu.Barrier(num_arrivals=2),
-            "empty": plgpu.Barrier(num_arrivals=groups),
-            "q_full": plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
-            "do_full": plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
-            "q_empty": plgpu.Barrier(num_arrivals=groups, num_barriers=_STAGES),
-            "do_empty": plgpu.Barrier(num_arrivals=groups, num_barriers=_STAGES),
-        },
-        grid=(work.workers,),
-        grid_names=("worker",),
-        num_threads=groups + 1,
-        thread_name="group",
-        compiler_params=hopper.PARAMS,
-    )
-    return kernel(q, do, k, v, lse2, delta, *flat)
+    shared = {
+        "q_s": hopper_tiles.tiled(q.dtype, STAGES, hopper.ROWS, width),
+        "do_s": hopper_tiles.tiled(q.dtype, STAGES, hopper.ROWS, width),
+        "k_s": hopper_tiles.tiled(q.dtype, 2, spec.block_kv, width),
+        "v_s": hopper_tiles.tiled(q.dtype, 2, spec.block_kv, width),
+        "lse_s": plgpu.SMEM((STAGES, hopper.ROWS), jnp.float32),
+        "less_s": plgpu.SMEM((STAGES, hopper.ROWS), jnp.float32),
+    }
+    outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)]
+    rings = {"k": (2, 2), "q": (STAGES, 4)}
+    operands = q, k, v, do, lse2, less, masks
+    return hopper_tiles.launch(work, groups, make, operands, lists, outputs, shared, rings)

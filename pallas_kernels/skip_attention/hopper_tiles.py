@@ -7,18 +7,20 @@ pause, and compute warpgroups of 64 rows each follow.
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels import hopper
 from pallas_kernels.skip_attention.reference import Places, Spec, Visits
 
 _RESIDENT_BYTES = 12 * 2**20  # of what the heads at work at a time read again and again: it stays in the L2 cache
-# Registers of a thread, by the number of compute warpgroups: together they fill the multiprocessor.
-COMPUTE_REGISTERS = {1: 232, 2: 240, 3: 160}
-MEMORY_REGISTERS = {1: 40, 2: 32, 3: 32}
+# Registers of a thread of the (compute, memory) warpgroups, by the number of the former. A thread block of n threads
+# starts with 65536 / n, down to a multiple of 8, for each: more in sum than that, and the kernel waits for ever.
+_REGISTERS = {1: None, 2: (232, 40), 3: (160, 32)}
 LOWEST = -1e30  # the score that starts a running maximum
 
 
@@ -29,6 +31,7 @@ class Schedule(NamedTuple):
     heads: int
     blocks: int
     together: int  # pairs of a sequence and a head at work at a time
+    share: int  # query heads of a tile
 
     @property
     def tiles(self) -> int:
@@ -39,17 +42,60 @@ class Schedule(NamedTuple):
         return min(self.tiles, hopper.MULTIPROCESSORS)
 
 
-def schedule(batch: int, heads: int, blocks: int, bytes_a_head: int) -> Schedule:
+def schedule(batch: int, heads: int, blocks: int, bytes_a_head: int, share: int = 1) -> Schedule:
     """``bytes_a_head``: of what all tiles of a head read."""
     few = -(-2 * hopper.MULTIPROCESSORS // max(blocks, 1))
-    return Schedule(batch, heads, blocks, min(batch * heads, max(few, _RESIDENT_BYTES // max(bytes_a_head, 1), 1)))
+    return Schedule(
+        batch, heads, blocks, min(batch * heads, max(few, _RESIDENT_BYTES // max(bytes_a_head, 1), 1)), share
+    )
 
 
-def my_tiles(work: Schedule):
-    """(how many tiles this thread block has, function from the number of one to its (sequence, head, rank)).
+class Lists(NamedTuple):
+    """Visits as a kernel reads them: order [Bm, Hm / share, n] are the rows of blocks, longest list first."""
 
-    Rank 0 is the longest of the head. Long tiles come first, and odd rounds run backwards, so that all thread blocks
-    get about the same.
+    order: Any
+    index: Any
+    full: Any
+    count: Any
+
+    def sizes(self, b, h, row):
+        """(number of full blocks, of all blocks) that a row visits."""
+        b, h = _shared(self.index, b, h)
+        return self.full[b, h, row], self.count[b, h, row]
+
+    def block(self, b, h, row, turn):
+        """The block that a row visits at a turn."""
+        b, h = _shared(self.index, b, h)
+        return self.index[b, h, row, jnp.minimum(turn, self.index.shape[-1] - 1)]
+
+
+def _shared(array, b, h):
+    return tuple(0 if size == 1 else i for size, i in zip(array.shape[:2], (b, h), strict=True))
+
+
+def lists(visits: Visits, share: int = 1) -> Lists:
+    """``share`` heads in turn make up a tile."""
+    count = visits.count
+    xp = np if isinstance(count, np.ndarray) else jnp
+    together = count.reshape(count.shape[0], -1, min(share, count.shape[1]), count.shape[2]).sum(axis=2)
+    order = xp.argsort(-together, axis=-1, stable=True)
+    return Lists(*(jnp.asarray(x, jnp.int32) for x in (order, *visits)))
+
+
+class Tile(NamedTuple):
+    """A row of blocks of a sequence and head, and the sizes of its list (of the first of several heads)."""
+
+    b: Any
+    h: Any
+    row: Any
+    full: Any
+    count: Any
+
+
+def my_tiles(work: Schedule, lists: Lists):
+    """(how many tiles this thread block has, function from the number of one to the ``Tile``).
+
+    Long tiles come first, and odd rounds run backwards, so that all thread blocks get about the same.
     """
     worker = lax.axis_index("worker")
     rounds, rest = divmod(work.tiles, work.workers)
@@ -66,40 +112,128 @@ def my_tiles(work: Schedule):
         inside = at - group * group_size
         together = jnp.minimum(work.together, work.batch * work.heads - group * work.together)
         pair = group * work.together + lax.rem(inside, together)
-        return lax.div(pair, jnp.int32(work.heads)), lax.rem(pair, jnp.int32(work.heads)), lax.div(inside, together)
+        b, h = lax.div(pair, jnp.int32(work.heads)), lax.rem(pair, jnp.int32(work.heads))
+        row = lists.order[*_shared(lists.order, b, h), lax.div(inside, together)]
+        return Tile(b, h, row, *lists.sizes(b, h * work.share, row))
 
     return count, tile
 
 
-class Lists(NamedTuple):
-    """Visits as a kernel reads them: order [Bm, Hm / share, n] are the rows of blocks, longest list first."""
+class Ring(NamedTuple):
+    """Slots in shared memory that the memory warpgroup fills and the compute warpgroups empty, in turn."""
 
-    order: Any
-    index: Any
     full: Any
-    count: Any
+    empty: Any
+    slots: int
 
-    def row(self, b, h, rank):
-        """The row of blocks of a tile."""
-        b, h = _shared(self.order, b, h)
-        return self.order[b, h, rank]
+    def slot(self, step):
+        return lax.rem(step, jnp.int32(self.slots))
 
-    def visits(self, b, h, row):
-        """(number of full blocks, of all blocks, function from a turn to a block) of a row."""
-        b, h = _shared(self.index, b, h)
-        last = self.index.shape[-1] - 1
-        return self.full[b, h, row], self.count[b, h, row], lambda t: self.index[b, h, row, jnp.minimum(t, last)]
+    def claim(self, step):
+        """The slot of a step, once it is empty."""
+        slot = self.slot(step)
+        plgpu.barrier_wait(self.empty.at[slot])
+        return slot
+
+    def fill(self, step, *copies):
+        """Starts the copies (source, slots) into the slot of a step, once it is empty."""
+        slot = self.claim(step)
+        for source, slots in copies:
+            plgpu.copy_gmem_to_smem(source, slots.at[slot], self.full.at[slot])
+
+    def wait(self, step):
+        """The slot of a step, once it is full."""
+        slot = self.slot(step)
+        plgpu.barrier_wait(self.full.at[slot])
+        return slot
+
+    def release(self, step):
+        plgpu.barrier_arrive(self.empty.at[self.slot(step)])
 
 
-def _shared(array, b, h):
-    return tuple(0 if size == 1 else i for size, i in zip(array.shape[:2], (b, h), strict=True))
+class Turns(NamedTuple):
+    """Compute warpgroups that start their products one after another."""
+
+    barrier: Any
+    group: Any
+    groups: int
+
+    def take(self):
+        plgpu.barrier_wait(self.barrier.at[self.group])
+
+    def give(self):
+        plgpu.barrier_arrive(self.barrier.at[lax.rem(self.group + 1, jnp.int32(self.groups))])
 
 
-def lists(visits: Visits, share: int = 1) -> Lists:
-    """``share`` heads in turn make up a tile."""
-    index, full, count = (jnp.asarray(x, jnp.int32) for x in visits)
-    together = count.reshape(count.shape[0], -1, min(share, count.shape[1]), count.shape[2]).sum(axis=2)
-    return Lists(jnp.argsort(-together, axis=-1).astype(jnp.int32), index, full, count)
+def launch(work: Schedule, groups: int, make, operands, lists: Lists, outputs, shared, rings):
+    """Runs a kernel of ``groups`` compute warpgroups and one that loads.
+
+    ``make(inputs, lists, outputs, shared, rings, turns)``, of references to ``operands`` (a tree), ``outputs`` (a list)
+    and ``shared`` (a dict), a ``Ring`` for each of ``rings`` (name: (slots, copies at a time)) and ``Turns``, returns
+    ``load(i, tile, step)`` and ``compute(i, tile, step)``: what the two sides do for the i-th ``Tile`` of a thread
+    block, where ``step`` counts up from 0 and is what the tile before returned.
+    """
+    flat, tree = jax.tree.flatten((operands, lists))
+    registers = _REGISTERS[groups]
+
+    def body(*refs, **scratch):
+        inputs, lists = jax.tree.unflatten(tree, refs[: len(flat)])
+        ring = {name: Ring(scratch.pop(f"{name}_full"), scratch.pop(f"{name}_empty"), rings[name][0]) for name in rings}
+        group = lax.axis_index("group")
+        turns = Turns(scratch.pop("turn"), group, groups)
+        load, compute = make(inputs, lists, refs[len(flat) :], scratch, ring, turns)
+
+        def all_tiles(handle):
+            tiles, tile_at = my_tiles(work, lists)
+
+            def each(i, carry):
+                step, tile = carry
+                following = tile_at(jnp.minimum(i + 1, tiles - 1))  # read before it is needed
+                return handle(i, tile, step), following
+
+            lax.fori_loop(0, tiles, each, (jnp.int32(0), tile_at(jnp.int32(0))))
+
+        def all_slots(use):
+            for each in ring.values():
+                for slot in range(each.slots):
+                    use(each.empty.at[slot])
+
+        @pl.when(group == groups)
+        def _():
+            if registers is not None:
+                plgpu.set_max_registers(registers[1], action="decrease")
+            all_tiles(load)
+            all_slots(plgpu.barrier_wait)
+
+        @pl.when(group < groups)
+        def _():
+            if registers is not None:
+                plgpu.set_max_registers(registers[0], action="increase")
+            all_slots(plgpu.barrier_arrive)
+            pl.when(group == groups - 1)(turns.give)
+            all_tiles(compute)
+            pl.when(group == 0)(turns.take)
+
+    barriers = {"turn": plgpu.Barrier(num_barriers=groups)}
+    for name, (slots, copies) in rings.items():
+        barriers[f"{name}_full"] = plgpu.Barrier(num_arrivals=copies, num_barriers=slots)
+        barriers[f"{name}_empty"] = plgpu.Barrier(num_arrivals=groups, num_barriers=slots)
+    kernel = plgpu.kernel(
+        body,
+        out_type=outputs,
+        scratch_types=shared | barriers,
+        grid=(work.workers,),
+        grid_names=("worker",),
+        num_threads=groups + 1,
+        thread_name="group",
+        compiler_params=hopper.PARAMS,
+    )
+    return kernel(*flat)
+
+
+def tiled(dtype, *shape):
+    """Shared memory that the copy engine fills and the tensor cores read."""
+    return plgpu.SMEM(shape, dtype, transforms=hopper.TRANSFORMS)
 
 
 class Masks(NamedTuple):

@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import hopper
 from pallas_kernels.skip_attention import hopper_backward, hopper_forward, hopper_tiles
@@ -14,7 +13,6 @@ from pallas_kernels.skip_attention.reference import Places, Spec, Visits
 def forward(spec: Spec, q, k, v, rows: Visits, places: Places):
     """As ``reference.forward``."""
     _check(spec, q)
-    v = _without_padding(v, places.kv_len)
     return _forward(spec, q, k, v, hopper_tiles.lists(rows), hopper_tiles.masks(spec, places, q.shape[1], k.shape[1]))
 
 
@@ -27,8 +25,6 @@ def _forward(spec, q, k, v, lists, masks):
 def backward(spec: Spec, q, k, v, rows: Visits, columns: Visits, places: Places, lse, delta, do):
     """(dq, dk, dv); lse and delta, the sum of output times its gradient less the gradient of lse, are [B, Hq, T]."""
     _check(spec, q)
-    q, do = (_without_padding(x, places.q_len) for x in (q, do))
-    k, v = (_without_padding(x, places.kv_len) for x in (k, v))
     lists = hopper_tiles.lists(rows), hopper_tiles.lists(columns, share=q.shape[2] // k.shape[2])
     return _backward(spec, q, k, v, *lists, hopper_tiles.masks(spec, places, q.shape[1], k.shape[1]), lse, delta, do)
 
@@ -38,8 +34,8 @@ def _backward(spec, q, k, v, rows, columns, masks, lse, delta, do):
     # Rows that see nothing, and those past the end, get probabilities of exp(-inf).
     lse2 = jnp.where(lse == -jnp.inf, jnp.inf, lse * hopper.LOG2E)
     padding = ((0, 0), (0, 0), (0, -lse.shape[2] % spec.block_q))
-    lse2, delta = jnp.pad(lse2, padding, constant_values=jnp.inf), jnp.pad(delta, padding)
-    operands = q, k, v, do.astype(q.dtype), lse2, delta
+    lse2, less = jnp.pad(lse2, padding, constant_values=jnp.inf), jnp.pad(-delta, padding)
+    operands = q, k, v, do.astype(q.dtype), lse2, less
     dq = hopper_backward.query_gradient(spec, *operands, rows, masks)
     return dq, *hopper_backward.key_gradients(spec, *operands, columns, masks)
 
@@ -54,10 +50,3 @@ def _check(spec, q):
         raise NotImplementedError(
             f"{q.dtype} heads of width {q.shape[-1]}; implementation='mosaic_gpu' takes 16 bits and widths 64 and 128"
         )
-
-
-def _without_padding(x, length):
-    """Padding may hold NaN, which times a probability of 0 is NaN still: 0 in its place, where there is padding."""
-    if isinstance(length, np.ndarray) and (length == x.shape[1]).all():
-        return x
-    return jnp.where((jnp.arange(x.shape[1])[None] < length[:, None])[:, :, None, None], x, 0)
