@@ -84,7 +84,8 @@ def fit_rational(
         p, q = quotient(c)
         return np.concatenate([powers / q[:, None], -(p / q**2)[:, None] * sizes], 1)
 
-    found = least_squares(error, start, slope, (low, np.inf), xtol=1e-12, ftol=1e-12, gtol=1e-12, max_nfev=500).x
+    tolerances = {"xtol": 1e-12, "ftol": 1e-12, "gtol": 1e-12, "max_nfev": 500}
+    found = least_squares(error, start, slope, (low, np.inf), **tolerances).x  # pyright: ignore[reportArgumentType]
     return found[: m + 1], found[m + 1 :]
 
 
