@@ -10,9 +10,11 @@ from jaxskip.models.decoder import (
     decoder_config,
     fuse_projections,
 )
+from jaxskip.models.kat import KAT, kat_base, kat_small, kat_tiny
 
 __all__ = [
     "DECODER_PARTITION_RULES",
+    "KAT",
     "Decoder",
     "DecoderConfig",
     "RopeScaling",
@@ -20,4 +22,7 @@ __all__ = [
     "decay_mask",
     "decoder_config",
     "fuse_projections",
+    "kat_base",
+    "kat_small",
+    "kat_tiny",
 ]

@@ -7,7 +7,6 @@ a table of every channel's coefficients, and return the gradient of that table.
 
 import functools
 import importlib
-import math
 from types import ModuleType
 from typing import Any
 
@@ -77,12 +76,11 @@ def group_rational(
         block_sizes=block_sizes,
     )
     channels = x.shape[-1]
-    rows = x.reshape(math.prod(x.shape[:-1]), channels)
     table = channel_table(numerator, denominator, channels, jnp.promote_types(x.dtype, jnp.float32))
     module = _module(spec)
     forward = functools.partial(_rational if hasattr(module, "backward") else module.forward, spec)
     # JAX sums the gradient of coefficients that all devices share over the devices, outside the custom derivative.
-    return forward(*same_manual_axes((rows, table))).reshape(x.shape)
+    return forward(*same_manual_axes((x, table)))
 
 
 def _checked(x: Any, numerator: Any, denominator: Any) -> tuple[jax.Array, jax.Array, jax.Array]:

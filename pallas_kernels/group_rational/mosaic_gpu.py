@@ -21,7 +21,7 @@ from jax.extend.mlir.dialects import arith, vector
 
 from pallas_kernels import hopper
 from pallas_kernels.group_rational import arithmetic
-from pallas_kernels.group_rational.reference import Spec
+from pallas_kernels.group_rational.reference import Spec, flat
 
 _THREADS = 128
 _SHARED_MEMORY = 227 * 1024  # of a multiprocessor, of which each block takes 1 KiB more than it asks for
@@ -57,14 +57,14 @@ def tiles(spec: Spec, itemsize: int, arrays: int) -> Tiles:
 @functools.partial(jax.jit, static_argnums=0)
 def forward(spec: Spec, x: jax.Array, table: jax.Array) -> jax.Array:
     """As ``reference.forward``."""
-    return _stream(spec, tiles(spec, x.dtype.itemsize, 2), table, x)[0]
+    return _stream(spec, tiles(spec, x.dtype.itemsize, 2), table, flat(x))[0].reshape(x.shape)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def backward(spec: Spec, x: jax.Array, table: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     """As ``chunked.backward``."""
-    dx, sums = _stream(spec, tiles(spec, x.dtype.itemsize, 3), table, x, g)
-    return dx, sums[0]
+    dx, sums = _stream(spec, tiles(spec, x.dtype.itemsize, 3), table, flat(x), flat(g))
+    return dx.reshape(x.shape), sums[0]
 
 
 def _stream(spec, tile, table, *operands):

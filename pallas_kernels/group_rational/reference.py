@@ -1,5 +1,6 @@
 """The definition, with JAX's own derivatives. Tests compare every other file with this one."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -41,11 +42,16 @@ def horner(coefficients: Sequence[jax.Array], x: jax.Array) -> jax.Array:
     return total
 
 
+def flat(x: jax.Array) -> jax.Array:
+    """[..., D] as [N, D]."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def forward(spec: Spec, x: jax.Array, table: jax.Array) -> jax.Array:
-    """P(x) / Q(x) of x [N, D], in x's dtype, with each channel's column of the table [m + 1 + n, D]."""
+    """P(x) / Q(x) of x [..., D], in x's dtype, with each channel's column of the table [m + 1 + n, D]."""
     m, _ = spec.degree
     wide = x.astype(table.dtype)
-    rows = [jnp.broadcast_to(row, x.shape) for row in table[:, None, :]]
+    rows = [jnp.broadcast_to(row, x.shape) for row in table]
     p = horner(rows[: m + 1], wide)
     q = horner([jnp.ones_like(wide), *rows[m + 1 :]], magnitude(wide))
     return (p / q).astype(x.dtype)
