@@ -249,7 +249,9 @@ CATALOG: tuple[System, ...] = (
         paper="2502.19913",
         home="jaxskip/pipeline",
         claim="A model trained on random 4 of 6 stages loses at most 15 % of perplexity when run on 3, a fully trained "
-        "one at least 40 %; the price, at most 0.30 nats on the full path, is reported.",
+        "one at least 40 %; the price, at most 0.30 nats on the full path, is reported. The published schedules take "
+        "their published time within 2 % in simulation, and a planner finds as good a one within 5 s.",
+        state="ready",
     ),
     System(
         name="gradient_coding",

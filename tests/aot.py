@@ -150,3 +150,37 @@ with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
 found["cache"] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
 print(json.dumps(found))
 """
+
+
+# Compiles a training step of a decoder as a pipeline of 4 stages x 2 replicas, AdamW with a clip included.
+# Arguments: topology name (TPU, 8 chips), preset, changes of its fields (JSON), sequences, order of the table.
+PIPELINE_STEP = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec as P
+from jaxskip import pipeline, training
+from jaxskip.models import Decoder, decoder_config
+
+topology, preset, changes, batch, order = sys.argv[1:]
+devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+config = decoder_config(preset, **json.loads(changes))
+nodes = pipeline.Topology([[0, 1], [2, 3], [4, 5], [6, 7]])
+paths = [(0, 2, 4), (1, 5, 7), (0, 4, 2), (1, 3, 7), (0, 4, 6), (1, 7, 5), (0, 2, 6), (1, 3, 5)]
+table = pipeline.compile_table(paths, nodes, order)
+mesh = pipeline.stage_mesh(nodes, devices)
+tx = training.make_optimizer("adamw", 1e-4)
+with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    state = training.abstract_state(
+        lambda key: Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"], tx, mesh, pipeline.STAGE_RULES)
+    rows = jax.ShapeDtypeStruct((int(batch), 1024), jnp.int32, sharding=NamedSharding(mesh, P(("data", "fsdp"))))
+    step = training.make_train_step(pipeline.pipelined_loss(config, table, mesh), tx)
+    compiled = step.lower(state, {"inputs": rows, "targets": rows}).compile()
+m = compiled.memory_analysis()
+size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+layers = size(state.params["layers"])
+print(json.dumps({
+    "bytes": m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes,
+    "arguments": m.argument_size_in_bytes, "aliased": m.alias_size_in_bytes, "layers": layers,
+    "ends": size(state.params) - layers, "messages": sum(map(bool, table.permutations)), "hlo": compiled.as_text()}))
+"""

@@ -45,7 +45,7 @@ def split_decoder(params: Mapping[str, Any], config: DecoderConfig, stages: int 
     sizes = [config.num_layers // stages] * stages if isinstance(stages, int) else list(stages)
     if sum(sizes) != config.num_layers or min(sizes, default=0) < 1:
         raise ValueError(
-            f"stages={stages}; give a divisor of the {config.num_layers} layers, or sizes, each 1 or more, with that sum"
+            f"stages={stages}; give a divisor of the {config.num_layers} layers, or sizes with that sum, each 1 or more"
         )
     layers = {"layers": params["layers"], "scale": decoder.layer_scales(config)}
     if isinstance(stages, int):
@@ -118,17 +118,22 @@ def path_loss(
     >>> float(jax.jit(lambda p: path_loss(p, config, 4, (0, 1, 3), tokens, tokens))(params)) > 0
     True
     """
-    count = stages if isinstance(stages, int) else len(stages)
     if not isinstance(path, jax.Array):
-        path = list(path)
+        path, count = list(path), stages if isinstance(stages, int) else len(stages)
         if any(not 0 <= stage < count for stage in path):
             raise ValueError(f"path is {path}; stages are 0..{count - 1}")
     stage_fn, embed_fn, head_loss_fn = decoder_functions(config, **options)
     parts = split_decoder(params, config, stages)
     x = embed_fn(parts["embed"], tokens_BxT)
-    for index in path:
-        at = parts["stages"]
-        x = stage_fn(at[index] if isinstance(at, tuple) else jax.tree.map(lambda leaf, i=index: leaf[i], at), x)
+    if isinstance(stages, int):
+
+        def run(x, index):
+            return stage_fn(jax.tree.map(lambda leaf: leaf[index], parts["stages"]), x), None
+
+        x, _ = jax.lax.scan(run, x, jnp.asarray(path))
+    else:
+        for index in path:
+            x = stage_fn(parts["stages"][index], x)
     return head_loss_fn(parts["head"], x, targets_BxT)
 
 
@@ -149,7 +154,7 @@ def pipelined_loss(
 
     Arguments as `make_train_step` of this package takes them; ``options`` as `decoder_functions`.
 
-    Raises ValueError for L that is no multiple of S, for rows that M does not divide, and what `make_train_step` raises.
+    Raises ValueError for L that is no multiple of S and for rows that M does not divide; see also `make_train_step`.
 
     >>> from jaxskip.pipeline import Topology, compile_table, stage_mesh
     >>> topology = Topology([[0], [1]])
@@ -167,10 +172,10 @@ def pipelined_loss(
     first = jnp.array([nodes[0] for nodes in topology.stages])
 
     def forward(parts, tokens, targets):
-        given = parts | {"stages": stack_stages(parts["stages"], topology)} if copies else parts
+        given = {**parts, "stages": stack_stages(parts["stages"], topology)} if copies else parts
         loss, grads = step(given, tokens, targets)
         if copies:
-            grads = grads | {"stages": jax.tree.map(lambda leaf: leaf[first], grads["stages"])}
+            grads = {**grads, "stages": jax.tree.map(lambda leaf: leaf[first], grads["stages"])}
         return loss, grads
 
     @jax.custom_vjp

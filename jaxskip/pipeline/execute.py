@@ -101,7 +101,7 @@ def make_train_step(
     >>> float(loss), grads["stages"].tolist()
     (6.0, [3.0, 2.0])
     """
-    axes = (axis,) if isinstance(axis, str) else tuple(axis)
+    axes: tuple[str, ...] = (axis,) if isinstance(axis, str) else tuple(axis)
     table = _as_on_mesh(table, mesh, axes)
     topology, count = table.topology, len(table.paths)
     # Of each slice of the stacked parameters: of a node, or, where replicas have an axis of their own, of a stage.

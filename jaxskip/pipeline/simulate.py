@@ -153,11 +153,12 @@ def _followers(paths: Sequence[Path], memory: int) -> dict[int, int]:
     return {earlier: later for mine in own.values() for earlier, later in zip(mine, mine[memory:], strict=False)}
 
 
-def plot_timeline(run: Simulation, labels: Sequence[str] | None = None):
+def plot_timeline(run: Simulation, labels: Sequence[str] | None = None, order: Sequence[int] | None = None):
     """A matplotlib Figure of who computes what when; gray is idle.
 
     A color is a microbatch, a number in a bar its index; forward passes are pale, the head is dark, backward passes are
-    full. ``labels`` names the nodes, by default with their numbers. Save it with ``figure.savefig``.
+    full. ``labels`` names the nodes, by default with their numbers; ``order`` lists all nodes from top to bottom, for
+    example by stages. Save it with ``figure.savefig``.
 
     >>> run = simulate([(0, 1)], Topology([[0], [1]]), Costs(np.zeros((2, 2)), compute=1.0))
     >>> plot_timeline(run).axes[0].get_xlabel()
@@ -167,6 +168,7 @@ def plot_timeline(run: Simulation, labels: Sequence[str] | None = None):
     from matplotlib.figure import Figure
 
     nodes = len(run.idle)
+    rows = range(nodes) if order is None else np.argsort(order)
     figure = Figure(figsize=(11, 1.2 + 0.28 * nodes), layout="constrained")
     axes = figure.subplots()
     axes.barh(range(nodes), run.makespan, height=0.9, color="0.9")
@@ -174,11 +176,11 @@ def plot_timeline(run: Simulation, labels: Sequence[str] | None = None):
     opacity = {"F": 0.45, "H": 1.0, "B": 0.9}
     for node, start, end, microbatch, kind in run.timeline:
         color = "black" if kind == "H" else colors(microbatch * 0.618 % 1)
-        axes.barh(node, end - start, left=start, height=0.8, color=color, alpha=opacity[kind])
+        axes.barh(rows[node], end - start, left=start, height=0.8, color=color, alpha=opacity[kind])
         if kind != "H" and (end - start) / run.makespan > 0.012:
-            axes.text((start + end) / 2, node, str(microbatch), ha="center", va="center", fontsize=6)
+            axes.text((start + end) / 2, rows[node], str(microbatch), ha="center", va="center", fontsize=6)
     names = [str(node) for node in range(nodes)] if labels is None else labels
-    axes.set_yticks(range(nodes), names, fontsize=7)
+    axes.set_yticks(list(rows), names, fontsize=7)
     axes.set_ylim(nodes - 0.4, -0.6)
     axes.set_xlim(0, run.makespan)
     axes.set_xlabel("seconds")

@@ -22,6 +22,7 @@ FRAME = {
     "skip_attention",
     "skipping_frontier",
     "skipping_toy",
+    "skippipe_schedules",
     "smollm2",
 }
 READY = [system for system in catalog.CATALOG if system.state == "ready"]

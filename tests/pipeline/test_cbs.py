@@ -6,9 +6,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from experiments.skippipe_schedules import COSTS, SECONDS, TOPOLOGY
 from jaxskip.pipeline import Costs, Topology, contention_free, plan, simulate, stage_sequences
 from jaxskip.pipeline.cbs import _collisions, _fastest, _Route, _Rule, _Visit
-from tests.pipeline.cases import COSTS, SECONDS, TOPOLOGY, pipelines
+from tests.pipeline.cases import pipelines
 
 
 @pytest.mark.parametrize(

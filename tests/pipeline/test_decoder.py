@@ -29,7 +29,8 @@ PATHS = [(0, 2, 4), (1, 5, 3), (0, 7, 4), (1, 3, 7)]
 UNEVEN = Topology([[0, 1, 2, 3], [4, 5], [6, 7]])
 UNEVEN_PATHS = [(0, 4), (1, 6), (2, 5), (3, 7)]
 PAIR = ("stage", "replica")
-BATCH = {name: jnp.asarray(x) for name, x in zip(("inputs", "targets"), np.random.default_rng(0).integers(0, 32, (2, 8, 8)))}  # fmt: skip
+TOKENS, TARGETS = jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, 8, 8)))
+BATCH = {"inputs": TOKENS, "targets": TARGETS}
 
 
 def init(config):

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.skippipe_schedules import COSTS, FULL, TOPOLOGY
 from jaxskip.pipeline import (
     GEO12,
     Costs,
@@ -20,7 +21,7 @@ from jaxskip.pipeline import (
     simulate,
     stage_sequences,
 )
-from tests.pipeline.cases import COSTS, FULL, TOPOLOGY, pipelines
+from tests.pipeline.cases import pipelines
 
 
 def test_paths_of_the_published_configuration():

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.skippipe_schedules import COSTS, PLACES, SECONDS, TOPOLOGY, schedules
 from jaxskip.pipeline import Costs, Topology, contention_free, plan, plot_timeline, simulate
-from tests.pipeline.cases import COSTS, PLACES, SECONDS, TOPOLOGY, pipelines, schedules
+from tests.pipeline.cases import pipelines
 
 
 def free(nodes, **kwargs):
@@ -90,6 +91,12 @@ def test_the_plot_shows_every_node_and_all_work():
     axes = plot_timeline(run, PLACES).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == PLACES
     assert len(axes.patches) == 20 + len(run.timeline) == 20 + 30 * 9
+    order = [*range(19, -1, -1)]
+    mirrored = plot_timeline(run, order=order).axes[0]
+    ticks = zip(mirrored.get_yticks(), mirrored.get_yticklabels(), strict=True)
+    assert all(place == 19 - int(label.get_text()) for place, label in ticks)
+    heights = [[round(p.get_y() + p.get_height() / 2) for p in a.patches[20:]] for a in (axes, mirrored)]
+    assert heights[1] == [19 - y for y in heights[0]]
     assert sum(p.get_width() for p in axes.patches[:20]) - run.idle.sum() == pytest.approx(
         sum(p.get_width() for p in axes.patches[20:])
     )

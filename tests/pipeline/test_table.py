@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.skippipe_schedules import COLLISION_AWARE, TOPOLOGY
 from jaxskip.pipeline import Topology, compile_table, plan
 from jaxskip.pipeline.table import B0, F0, IDLE, TRASH, B, F, H
-from tests.pipeline.cases import COLLISION_AWARE, TOPOLOGY, pipelines
+from tests.pipeline.cases import pipelines
 
 
 def replay(table):
