@@ -1,6 +1,7 @@
 """The pipeline part of `experiments.benchmarks.jax_multi_device`: a decoder in stages, one stage a device."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ class Plan(NamedTuple):
     """Where the stages lie and which path each microbatch takes."""
 
     topology: pipeline.Topology
-    paths: list
+    paths: list[tuple[int, ...]]
 
 
 def make_plan(row: str, devices: int, microbatches: int) -> Plan | None:
@@ -41,13 +42,26 @@ def make_plan(row: str, devices: int, microbatches: int) -> Plan | None:
         stages = length = 2
     if devices < stages:
         return None
-    sizes = pipeline.balanced_sizes(devices, stages, length)
     nodes = iter(range(devices))
+    sizes = pipeline.balanced_sizes(devices, stages, length)
     topology = pipeline.Topology([[next(nodes) for _ in range(size)] for size in sizes], memory=stages)
-    # Round numbers: the paths shall not hang on what a clock showed.
-    costs = pipeline.Costs(np.full((devices, devices), 0.05), compute=1.0, backward=3.0)
-    method = "full" if length == stages else "greedy"
-    return Plan(topology, pipeline.plan(topology, costs, length, microbatches, method))
+    return Plan(topology, _in_turn(topology, length, microbatches))
+
+
+def _in_turn(topology: pipeline.Topology, length: int, microbatches: int) -> list[tuple[int, ...]]:
+    """Paths on which each choice of stages has its turn, and each node of a stage.
+
+    Not by `jaxskip.pipeline.plan`: with links that are all alike, it sees no reason to use every stage.
+    """
+    origins, *others = topology.stages
+    choices = list(itertools.combinations(range(len(others)), length - 1))
+    turns = [itertools.cycle(nodes) for nodes in others]
+    paths = []
+    for i in range(microbatches):
+        wave, place = divmod(i, len(origins))
+        chosen = choices[(wave + place) % len(choices)]
+        paths.append((origins[place], *(next(turns[stage]) for stage in chosen)))
+    return paths
 
 
 class Network(NamedTuple):

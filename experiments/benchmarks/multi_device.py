@@ -55,12 +55,13 @@ class Config:
     pipeline_vocabulary: int = 8192
     pipeline_rows: int = 8
     """Sequences of a microbatch."""
-    microbatches: int = 16
+    microbatches: int = 12
+    """A multiple of 12, so that each origin, each choice of stages and each node has the same number of them."""
     cross_entropy: tuple[int, int, int] = (8192, 256_000, 2304)
     """Tokens, vocabulary and width."""
     repeats: int = 4
     copy_mb: int = 2000
-    seconds: float = 500.0
+    seconds: float = 140.0
     """What cannot start within this time is left out, and named."""
 
 
@@ -77,7 +78,6 @@ PRESETS = {
         pipeline_context=16,
         pipeline_vocabulary=64,
         pipeline_rows=2,
-        microbatches=8,
         cross_entropy=(128, 512, 32),
         repeats=2,
         copy_mb=8,
