@@ -81,6 +81,7 @@ PRESETS = {
         cross_entropy=(128, 512, 32),
         repeats=2,
         copy_mb=8,
+        seconds=3600.0,
     ),
     "default": Config(),
     "paper": Config(repeats=20, seconds=1500.0),
