@@ -1,6 +1,7 @@
 """The pipeline part of `experiments.benchmarks.jax_multi_device`: a decoder in stages, one stage a device."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ class Plan(NamedTuple):
     """Where the stages lie and which path each microbatch takes."""
 
     topology: pipeline.Topology
-    paths: list
+    paths: list[tuple[int, ...]]
 
 
 def make_plan(row: str, devices: int, microbatches: int) -> Plan | None:
@@ -41,13 +42,26 @@ def make_plan(row: str, devices: int, microbatches: int) -> Plan | None:
         stages = length = 2
     if devices < stages:
         return None
-    sizes = pipeline.balanced_sizes(devices, stages, length)
     nodes = iter(range(devices))
+    sizes = pipeline.balanced_sizes(devices, stages, length)
     topology = pipeline.Topology([[next(nodes) for _ in range(size)] for size in sizes], memory=stages)
-    # Round numbers: the paths shall not hang on what a clock showed.
-    costs = pipeline.Costs(np.full((devices, devices), 0.05), compute=1.0, backward=3.0)
-    method = "full" if length == stages else "greedy"
-    return Plan(topology, pipeline.plan(topology, costs, length, microbatches, method))
+    return Plan(topology, _in_turn(topology, length, microbatches))
+
+
+def _in_turn(topology: pipeline.Topology, length: int, microbatches: int) -> list[tuple[int, ...]]:
+    """Paths on which each choice of stages has its turn, and each node of a stage.
+
+    Not by `jaxskip.pipeline.plan`: with links that are all alike, it sees no reason to use every stage.
+    """
+    origins, *others = topology.stages
+    choices = list(itertools.combinations(range(len(others)), length - 1))
+    turns = [itertools.cycle(nodes) for nodes in others]
+    paths = []
+    for i in range(microbatches):
+        wave, place = divmod(i, len(origins))
+        chosen = choices[(wave + place) % len(choices)]
+        paths.append((origins[place], *(next(turns[stage]) for stage in chosen)))
+    return paths
 
 
 class Network(NamedTuple):
@@ -124,47 +138,64 @@ def _costs(asked: dict, devices: list, network: Network, stage_counts: set[int])
     rows, config = asked["pipeline_rows"], network.config
     tokens, targets = jax.device_put(_tokens(config, 1, rows), devices[0])
     x = jax.random.normal(jax.random.key(1), (rows, config.context_length, config.embed_dim), config.dtype)
+    lies = NamedSharding(Mesh(np.array(devices), ("node",)), P("node"))
 
-    def operate(kind: int, stages: int):
+    @functools.cache
+    def operands(stages: int):
         params = make_params(config, stages)
-        embed, head = params["embed"], params["head"]
         stage = jax.tree.map(lambda leaf: leaf[0], params["stages"])
-        sums = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf)), (0.0, embed, stage, head))
+        return stage, params["embed"], params["head"]
+
+    def sums(stages: int):
+        stage, embed, head = operands(stages)
+        return jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf)), (0.0, embed, stage, head))
+
+    def lower(kind: int | None, stages: int):
+        if kind is None:
+            return jax.jit(_hops(lies.mesh), out_shardings=lies).lower(messages())
 
         def operation(stage, embed, head, x, sums):
             functions = network.stage_fn, network.embed_fn, network.head_loss_fn
             return execute._operations(*functions, stage, embed, head, tokens, targets)[kind](x, x, 0, sums)
 
-        held = [sums]
-        program = jax.jit(operation, donate_argnums=4).lower(stage, embed, head, x, sums).compile()
+        return jax.jit(operation, donate_argnums=4).lower(*operands(stages), x, sums(stages))
+
+    @functools.cache
+    def messages():
+        return jax.device_put(jnp.concatenate([x] * len(devices)), lies)
+
+    def build(kind: int | None, stages: int):
+        program = compiled((kind, stages))
+        if kind is None:
+            return jax_one_at_a_time(lambda: program(messages())), None
+        held = [sums(stages)]
 
         def call():
-            out, held[0] = program(stage, embed, head, x, held[0])
+            out, held[0] = program(*operands(stages), x, held[0])
             return out
 
         return call, None
 
-    def send():
-        mesh = Mesh(np.array(devices), ("node",))
-        ring = [(i, (i + 1) % len(devices)) for i in range(len(devices))]
-
-        @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("node"), out_specs=P("node"))
-        def hops(x):
-            return lax.scan(lambda x, _: (lax.ppermute(x, "node", ring), None), x, None, length=HOPS)[0]
-
-        lies = NamedSharding(mesh, P("node"))
-        messages = jax.device_put(jnp.concatenate([x] * len(devices)), lies)
-        program = jax.jit(hops, out_shardings=lies).lower(messages).compile()
-        return jax_one_at_a_time(lambda: program(messages)), None
-
-    programs = [Program("message", f"{HOPS} hops", send)]
+    most = max(stage_counts)
+    keys = {(None, most): ("message", f"{HOPS} hops"), (table.H, most): ("H", "head")}
     for stages in sorted(stage_counts):
-        kind = f"{config.num_layers // stages} layers"
-        for row, operation in (("F", table.F), ("B", table.B)):
-            programs.append(Program(row, kind, functools.partial(operate, operation, stages)))
-    programs.append(Program("H", "head", functools.partial(operate, table.H, max(stage_counts))))
+        for row, kind in (("F", table.F), ("B", table.B)):
+            keys[kind, stages] = row, f"{config.num_layers // stages} layers"
+    compiled = compiled_together({key: functools.partial(lower, *key) for key in keys})
+    programs = [Program(*name, functools.partial(build, *key)) for key, name in keys.items()]
     megabytes = x.nbytes / 2**20
     in_turns(asked, COSTS, programs, jax.block_until_ready, lambda program, out: {"message_mb": megabytes})
+
+
+def _hops(mesh: Mesh) -> Callable:
+    """x [N, ...] goes around the devices, each of which sends to the next one."""
+    ring = [(i, (i + 1) % mesh.size) for i in range(mesh.size)]
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("node"), out_specs=P("node"))
+    def hops(x):
+        return lax.scan(lambda x, _: (lax.ppermute(x, "node", ring), None), x, None, length=HOPS)[0]
+
+    return hops
 
 
 def _steps(

@@ -88,7 +88,7 @@ def compiled_together(lower: Mapping[Hashable, Callable[[], Any]]) -> Callable[[
     @functools.cache
     def programs() -> dict[Hashable, concurrent.futures.Future]:
         found: dict[Hashable, concurrent.futures.Future] = {}
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
             for key, lowering in lower.items():
                 try:
                     found[key] = pool.submit(lowering().compile)
