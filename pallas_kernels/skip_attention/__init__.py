@@ -69,8 +69,9 @@ def attention(
         scale: None is 1 / sqrt(d).
         logits_soft_cap: c replaces the scaled products s by c * tanh(s / c).
         return_lse: also return the log-sum-exp of each query's scores, differentiable, -inf where it sees nothing.
-        implementation: "mosaic_tpu" (TPU), "mosaic_gpu" (NVIDIA Hopper; 16 bits, d = 64 or 128), "chunked" (XLA, one
-            pair of blocks at a time), "reference" (materialised) or None for the best.
+        implementation: "mosaic_tpu" (TPU), "mosaic_gpu" (NVIDIA Hopper; 16 bits, d = 64 or 128), "triton" (NVIDIA
+            Ampere, Ada; 16 bits, d up to 128; jax-triton), "chunked" (XLA, one pair of blocks at a time), "reference"
+            (materialised) or None for the best.
         block_sizes: (queries, keys) of the blocks worked in; they divide those of ``skip``. None chooses.
 
     Returns:
@@ -177,6 +178,12 @@ def _chosen(implementation: str | None, q: jax.Array) -> str:
             return f"reads bfloat16 or float16 heads of width 64 or 128, not {q.dtype} of {q.shape[-1]}"
         return None
 
+    def triton(target: dispatch.Target) -> str | None:
+        if target.platform != "gpu":
+            return "needs an NVIDIA GPU"
+        # It needs jax-triton too, which is optional: where that is missing, None goes on to what comes next.
+        return importlib.import_module(f"{__name__}.triton").unavailable(q.dtype, q.shape[-1], target)
+
     def mosaic_tpu(target: dispatch.Target) -> str | None:
         if q.dtype == jnp.float64:
             return "reads bfloat16, float16 or float32, not float64"
@@ -185,6 +192,7 @@ def _chosen(implementation: str | None, q: jax.Array) -> str:
     registry = {
         "mosaic_tpu": mosaic_tpu,
         "mosaic_gpu": mosaic_gpu,
+        "triton": triton,
         "chunked": dispatch.anywhere,
         "reference": dispatch.anywhere,
     }
