@@ -153,15 +153,24 @@ def key_gradients(spec: Spec, q, k, v, do, lse2, less, lists, masks: hopper_tile
             first_kv = row * spec.block_kv + turns.group * hopper.ROWS
             my_columns = pl.ds(turns.group * (width // groups), width // groups)
 
-            def first_query(block, t):
-                return block * spec.block_q + lax.rem(t, parts) * hopper.ROWS
+            def part_of(block, t):
+                return block * parts + lax.rem(t, parts)
+
+            def add_dq(place, h):
+                """Starts adding what is in dq_s, if there is something."""
+
+                @pl.when(place >= 0)
+                def _():
+                    plgpu.commit_smem()
+                    target = dq_g[0].at[b, pl.ds(place * hopper.ROWS, hopper.ROWS), h, my_columns]
+                    hopper.add_to(target, shared["dq_s"].at[turns.group])
 
             def head(h, carry):
-                step, dk, dv = carry
+                step, *carry = carry
                 full, count = sizes if share == 1 else lists.sizes(b, h, row)
 
                 def part(t, carry, masking):
-                    dk, dv = carry
+                    dk, dv, *last = carry
                     kept = hopper.opaque(resident_slot)
                     block = lists.block(b, h, row, lax.div(t, parts)) if masking or dq_g else None
 
@@ -171,13 +180,17 @@ def key_gradients(spec: Spec, q, k, v, do, lse2, less, lists, masks: hopper_tile
                         hopper.start_from(dp_acc, less)
                         plgpu.wgmma(s_acc, k_s.at[kept, my_rows], hopper.transposed(q_s.at[slot]))
                         plgpu.wgmma(dp_acc, v_s.at[kept, my_rows], hopper.transposed(do_s.at[slot]))
+                        if dq_g:
+                            add_dq(*last)
                         s = hopper.products(s_acc, pending=1)
                         lse = hopper.load(lse_s.at[slot], plgpu.Layout.WGMMA.reduce(0))
                         if not dq_g:
                             plgpu.commit_smem()  # what was read is loaded anew
                         seen = None
                         if masking:
-                            seen = hopper_tiles.mask(spec, s, masks, b, first_query(block, t), first_kv, query_axis=1)
+                            seen = hopper_tiles.mask(
+                                spec, s, masks, b, part_of(block, t) * hopper.ROWS, first_kv, query_axis=1
+                            )
                         p, slope = hopper_tiles.probabilities(spec, s, hopper.down(lse, s), seen)
 
                         def meanwhile():
@@ -195,7 +208,7 @@ def key_gradients(spec: Spec, q, k, v, do, lse2, less, lists, masks: hopper_tile
                         dk, _ = hopper.product_onto(dk, ds, q_s.at[slot], lambda: None)
                         rings["q"].release(step + t)
                         return dk, dv
-                    dq_s, ds_both = shared["dq_s"], shared["ds_s"].at[lax.rem(step + t, 2)]
+                    ds_both = shared["ds_s"].at[lax.rem(step + t, 2)]
 
                     def key_gradient(dq_acc):
                         def meanwhile():  # half the width of dq, from the scores of all keys of the block
@@ -208,18 +221,21 @@ def key_gradients(spec: Spec, q, k, v, do, lse2, less, lists, masks: hopper_tile
                     dk, dq = pl.run_scoped(key_gradient, plgpu.ACC((hopper.ROWS, width // groups), jnp.float32))
                     rings["q"].release(step + t)
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    dq_s[turns.group] = dq
-                    plgpu.commit_smem()
-                    hopper.add_to(
-                        dq_g[0].at[b, pl.ds(first_query(block, t), hopper.ROWS), h, my_columns], dq_s.at[turns.group]
-                    )
-                    return dk, dv
+                    shared["dq_s"][turns.group] = dq
+                    return dk, dv, part_of(block, t), h
 
-                carry = lax.fori_loop(0, full * parts, functools.partial(part, masking=False), (dk, dv))
+                carry = lax.fori_loop(0, full * parts, functools.partial(part, masking=False), tuple(carry))
                 carry = lax.fori_loop(full * parts, count * parts, functools.partial(part, masking=True), carry)
                 return step + count * parts, *carry
 
-            step, dk, dv = over_heads(kv_head, head, (step, hopper.zeros(width), hopper.zeros(width)))
+            start = [hopper.zeros(width), hopper.zeros(width)]
+            if dq_g:  # it is added to the sum while the next products run
+                start += [jnp.int32(-1), kv_head * share]
+            step, dk, dv, *last = over_heads(kv_head, head, (step, *start))
+            if dq_g:
+                add_dq(*last)
+                plgpu.barrier_arrive(shared["ds_full"])  # all are done with the keys
+                plgpu.barrier_wait(shared["ds_full"])
             mine = resident_slot, my_rows
             k_s[mine] = (dk * spec.scale).astype(q.dtype)
             v_s[mine] = dv.astype(q.dtype)
