@@ -60,14 +60,19 @@ def zeros(columns, dtype=jnp.float32):
     return plgpu.layout_cast(jnp.zeros((ROWS, columns), dtype), plgpu.Layout.WGMMA)
 
 
+def opaque(scalar):
+    """The scalar; what follows from it in a loop is computed there, not before it, where it would occupy registers."""
+    return lax.optimization_barrier(scalar)
+
+
 def products(acc, pending=0):
     """The products in ``acc``, while the last ``pending`` that were started may still be on their way."""
     # Pinned after the wait, across which the compiler would move what uses them.
     return lax.optimization_barrier(plgpu.wgmma_accumulator_load(acc, wait_n=pending))
 
 
-# What follows are calls so that a test can replace them: the interpreter has no products of registers, and no sums of
-# products that start from anything but 0.
+# What follows are calls so that a test can replace them: the interpreter has no products of registers, no sums of
+# products that start from anything but 0, and no copies that add.
 
 
 def start_from(acc, value):
@@ -93,3 +98,8 @@ def product_onto(total, a, b_ref, meanwhile):
         return acc[...], other
 
     return pl.run_scoped(multiply, plgpu.ACC(total.shape, total.dtype))
+
+
+def add_to(target, source):
+    """Starts adding a tile in shared memory to one in global memory; the order of several additions is not fixed."""
+    plgpu.copy_smem_to_gmem(source, target, reduction_op="add")

@@ -18,7 +18,7 @@ from pallas_kernels.skip_attention.reference import Spec
 
 STAGE_BYTES = 128 * 2**10  # of keys and values on their way
 TURNS = True
-PINNED = False
+PINNED = True
 
 
 def run(spec: Spec, q, k, v, lists, masks: hopper_tiles.Masks):
@@ -75,7 +75,7 @@ def run(spec: Spec, q, k, v, lists, masks: hopper_tiles.Masks):
                 slot = rings["k"].wait(step + t)
                 if TURNS:
                     turns.take()
-                plgpu.wgmma(s_acc, q_s.at[mine], hopper.transposed(k_s.at[slot]))
+                plgpu.wgmma(s_acc, q_s.at[hopper.opaque(mine[0]), mine[1]], hopper.transposed(k_s.at[slot]))
 
             def finish(t, s_acc, pending):
                 """The products that ``start`` started; ``pending`` later ones may still be on their way."""

@@ -9,6 +9,8 @@ from pallas_kernels import hopper
 from pallas_kernels.skip_attention import hopper_backward, hopper_forward, hopper_tiles
 from pallas_kernels.skip_attention.reference import Places, Spec, Visits
 
+ONE_PASS = not hopper.BEFORE_0_11
+
 
 def forward(spec: Spec, q, k, v, rows: Visits, places: Places):
     """As ``reference.forward``."""
@@ -36,8 +38,13 @@ def _backward(spec, q, k, v, rows, columns, masks, lse, delta, do):
     padding = ((0, 0), (0, 0), (0, -lse.shape[2] % spec.block_q))
     lse2, less = jnp.pad(lse2, padding, constant_values=jnp.inf), jnp.pad(-delta, padding)
     operands = q, k, v, do.astype(q.dtype), lse2, less
-    dq = hopper_backward.query_gradient(spec, *operands, rows, masks)
-    return dq, *hopper_backward.key_gradients(spec, *operands, columns, masks)
+    if not (ONE_PASS and q.shape[-1] == 128 and spec.block_kv == 128):
+        dq = hopper_backward.query_gradient(spec, *operands, rows, masks)
+        return dq, *hopper_backward.key_gradients(spec, *operands, columns, masks)
+    batch, queries, heads, width = q.shape
+    dq_sum = jax.new_ref(jnp.zeros((batch, lse2.shape[2], heads, width), jnp.float32))
+    dk, dv = hopper_backward.key_gradients(spec, *operands, columns, masks, dq_sum)
+    return (dq_sum[:, :queries] * spec.scale).astype(q.dtype), dk, dv
 
 
 def _check(spec, q):
