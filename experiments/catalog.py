@@ -147,6 +147,7 @@ CATALOG: tuple[System, ...] = (
         home="pallas_kernels/group_rational",
         claim="GR-KAN layers reach less than 0.2 of a GELU network's training loss on digits at test accuracy within "
         "1 point, and the blocked backward pass is faster than scatter-adding each element's coefficient gradients.",
+        state="ready",
     ),
     System(
         name="hourglass_mlp",

@@ -9,18 +9,16 @@ output has one writer and every sum one order: the results are the same in every
 from __future__ import annotations
 
 import functools
-import importlib.metadata
-import re
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import jax_triton_call
 from pallas_kernels.dispatch import Target
 from pallas_kernels.linear_cross_entropy import slabs
 from pallas_kernels.linear_cross_entropy.noise import Draw
 from pallas_kernels.linear_cross_entropy.reference import Spec
-from pallas_kernels.manual_axes import same_manual_axes
 
 try:
     import triton.language as tl
@@ -44,25 +42,7 @@ def unavailable(dtype: Any, target: Target) -> str | None:
         return "needs an NVIDIA GPU of compute capability 8.0 to 9.0"
     if dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
         return f"needs float16, bfloat16 or float32 operands, got {dtype}"
-    return _missing()
-
-
-def _missing() -> str | None:
-    """Why what is installed does not work together (None: it does)."""
-    pair = "needs jax-triton 0.3.1 and triton 3.6 beside JAX 0.8.2 or later"
-    try:
-        jax_triton, compiler = (importlib.metadata.version(name) for name in ("jax-triton", "triton"))
-    except importlib.metadata.PackageNotFoundError as error:
-        return f"{pair}, {error.name} is not installed"
-    if work_together(jax_triton, compiler, jax.__version__):
-        return None
-    return f"{pair}, installed are jax-triton {jax_triton}, triton {compiler} and JAX {jax.__version__}"
-
-
-def work_together(jax_triton: str, compiler: str, here: str) -> bool:
-    """Whether these versions of jax-triton, triton and JAX do; 0.4 is out because it breaks with JAX 0.12."""
-    versions = [tuple(int(part) for part in re.findall(r"\d+", text)[:3]) for text in (jax_triton, compiler, here)]
-    return (0, 3, 1) <= versions[0] < (0, 4) and versions[1] >= (3, 6) and versions[2] >= (0, 8, 2)
+    return jax_triton_call.missing()
 
 
 class Tiles(NamedTuple):
@@ -198,17 +178,15 @@ def backward(
 
 def _call(spec, kernel, tile, arrays, outputs, programs, **constants):
     """The outputs [(shape, dtype), ...] of a kernel; ``arrays`` begin with embeddings and classifier."""
-    import jax_triton  # optional, and its import changes the environment
-
     e, c = arrays[:2]
-    call = functools.partial(
-        jax_triton.triton_call,
-        kernel=kernel,
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in outputs],
+    return jax_triton_call.call(
+        kernel,
+        arrays,
+        outputs,
+        spec,
         grid=(programs,),
         num_warps=tile.warps,
         num_stages=tile.stages,
-        compute_capability=10 * spec.target.compute_capability[0] + spec.target.compute_capability[1],
         VOCABULARY=c.shape[spec.classifier_layout.index("v")],
         WIDTH=e.shape[1],
         TRANSPOSED=spec.classifier_layout == "dv",
@@ -220,8 +198,6 @@ def _call(spec, kernel, tile, arrays, outputs, programs, **constants):
         TOGETHER=_TOGETHER,
         **constants,
     )
-    results = jax.custom_batching.sequential_vmap(call)(*arrays)
-    return same_manual_axes((results, e))[0]  # jax-triton does not say over which mesh axes its results vary
 
 
 @_jit

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, jax_triton_call
 from pallas_kernels.dispatch import Target
 from pallas_kernels.linear_cross_entropy import (
     chunked,
@@ -94,7 +94,7 @@ def test_without_jax_triton_an_a100_gets_the_next_implementation():
     ],
 )
 def test_versions_that_work_together(jax_triton, compiler, here, works):
-    assert triton.work_together(jax_triton, compiler, here) == works
+    assert jax_triton_call.work_together(jax_triton, compiler, here) == works
 
 
 DTYPES = ["float16", "bfloat16", "float32"]
@@ -210,7 +210,7 @@ def test_slabs_give_the_gradients_of_chunked(e_dtype, c_dtype, layout):
 INTERPRETED = """
 import json, sys, types
 import jax, jax.numpy as jnp, numpy as np, torch
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, jax_triton_call
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy, sampled_linear_cross_entropy, triton
 from tests.pallas_kernels.test_linear_cross_entropy import exact, problem
 from tests.pallas_kernels.test_triton import CASES
@@ -225,7 +225,7 @@ def triton_call(*arrays, kernel, out_shape, grid, num_warps, num_stages, compute
     return jax.pure_callback(run, out_shape, *arrays)
 
 sys.modules["jax_triton"] = types.SimpleNamespace(triton_call=triton_call)
-triton._missing = lambda: None
+jax_triton_call.missing = lambda: None
 dispatch.target = lambda: dispatch.Target("gpu", (8, 0))
 errors = {}
 for name, options in CASES.items():
