@@ -13,8 +13,8 @@ from experiments import catalog, claims
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FRAME = {
-    "__init__", "__main__", "catalog", "claims", "cli", "generate", "skipping_frontier", "skipping_toy", "skippipe_schedules",
-    "smollm2",
+    "__init__", "__main__", "catalog", "claims", "cli", "generate", "skipping_frontier", "skipping_toy",
+    "skippipe_schedules", "smollm2",
 }  # fmt: skip
 READY = [system for system in catalog.CATALOG if system.state == "ready"]
 PLANNED = [system for system in catalog.CATALOG if system.state == "planned"]
