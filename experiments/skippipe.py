@@ -489,7 +489,7 @@ def _gain_claims(planned, gains) -> list[Claim]:
             source=f"{PAPER}, abstract",
         ),
         Claim(
-            "on uniform clusters, with memory for as many microbatches as stages, no more is gained than work is left out",
+            "on uniform clusters, with memory for a microbatch a stage, no more is gained than work is left out",
             expected=", ".join(f"1 < gain <= 1.05 x {_ceiling(g):.2f}" for g in uniform),
             measured=", ".join(f"{g['full'] / g['skip']:.2f}" for g in uniform),
             holds=all(1 < g["full"] / g["skip"] <= 1.05 * _ceiling(g) for g in uniform),
