@@ -1,4 +1,10 @@
-"""SkipPipe: pipelines in which each microbatch takes its own path through the stages (arXiv 2502.19913)."""
+"""SkipPipe: pipelines in which each microbatch takes its own path through the stages (arXiv 2502.19913).
+
+`Costs` and `Topology` say what the nodes are, `plan` finds paths, `simulate` and `plot_timeline` show an iteration.
+Two backends run it and give the gradients of one device: `compile_table` with `make_train_step` (one program for nodes
+that are alike, `pipelined_loss` for a decoder in the training loop), and `make_dataflow_step` (one controller for nodes
+that are not). `path_loss` evaluates a decoder with stages missing.
+"""
 
 from jaxskip.pipeline.costs import GEO12, Costs, Topology, balanced_sizes, geo12, link_seconds
 from jaxskip.pipeline.dataflow import make_dataflow_step

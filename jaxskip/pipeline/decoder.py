@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -169,7 +170,7 @@ def pipelined_loss(
     topology, count = table.topology, len(table.paths)
     step = make_train_step(*decoder_functions(config, **options), table, mesh, axis, grad_norm)
     copies = isinstance(axis, str)
-    first = jnp.array([nodes[0] for nodes in topology.stages])
+    first = np.array([nodes[0] for nodes in topology.stages])
 
     def forward(parts, tokens, targets):
         given = {**parts, "stages": stack_stages(parts["stages"], topology)} if copies else parts

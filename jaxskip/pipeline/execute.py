@@ -131,8 +131,8 @@ def make_train_step(
         start = _varying((jnp.zeros((table.slots, *x.shape), x.dtype), sums), axes)
         (_, (loss, d_embed, d_stage, d_head)), _ = lax.scan(tick, start, jax.tree.map(jnp.asarray, rows))
         loss, d_embed, d_head = jax.tree.map(lambda leaf: lax.psum(leaf, axes) / count, (loss, d_embed, d_head))
-        d_stage = lax.psum(d_stage, axes[1]) if axes[1:] else _sum_replicas(d_stage, topology, me, axis)
-        divisor = jnp.asarray(divisors, jnp.float32)[lax.axis_index(axes[0])]
+        d_stage = lax.psum(d_stage, axes[1:]) if axes[1:] else _sum_replicas(d_stage, topology, me, axis)
+        divisor = jnp.asarray(divisors, jnp.float32)[lax.axis_index(axes[:1])]
         grads = {"embed": d_embed, "stages": jax.tree.map(lambda leaf: leaf[None] / divisor, d_stage), "head": d_head}
         return loss, jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), grads, dict(params))
 
