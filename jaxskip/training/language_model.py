@@ -8,16 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from jaxskip.losses import linear_cross_entropy, sampled_linear_cross_entropy
 from jaxskip.models import Decoder, classifier
 from jaxskip.optim import hutchinson_diag, sampled_gnb_diag
-from jaxskip.training.sharding import shard_batch
+from jaxskip.training.sharding import BATCH_AXES, constrain, shard_batch
 from jaxskip.training.step import Batch, CurvatureFn, LossFn
 
 
 def _hidden_and_classifier(model: Decoder, params, inputs: jax.Array) -> tuple[Any, jax.Array, str]:
-    hidden = model.apply({"params": params}, inputs, return_hidden=True)
+    hidden: Any = model.apply({"params": params}, inputs, return_hidden=True)
+    # The loss splits positions over "tensor". Left to itself, the partitioner would do so in the layers too: their
+    # matrices would be gathered, and cuDNN's attention refuses sequences in pieces.
+    hidden = constrain(hidden, P(BATCH_AXES))
     matrix, layout = classifier(params, model.config)
     return hidden, matrix, layout
 

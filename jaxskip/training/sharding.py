@@ -103,3 +103,9 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
         name: jax.make_array_from_process_local_data(sharding, rows, (rows.shape[0] * count, *rows.shape[1:]))
         for name, rows in batch.items()
     }
+
+
+def constrain(x: jax.Array, spec: P) -> jax.Array:
+    """`x`, inside jit, lying as `spec` says on the mesh in force, if that has several devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, spec)

@@ -14,6 +14,7 @@ from jaxskip.training.sharding import (
     BATCH_AXES,
     REPLICATE,
     Rules,
+    constrain,
     optimizer_state_shardings,
     param_shardings,
     replicated,
@@ -93,14 +94,9 @@ def _microbatches(batch: Batch, parts: int) -> Batch:
 
     def deal(rows):
         dealt = rows.reshape(rows.shape[0] // parts, parts, *rows.shape[1:]).swapaxes(0, 1)
-        return _constrain(dealt, P(None, BATCH_AXES))
+        return constrain(dealt, P(None, BATCH_AXES))
 
     return {name: deal(rows) for name, rows in batch.items()}
-
-
-def _constrain(x: jax.Array, spec: P) -> jax.Array:
-    mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, spec)
 
 
 def value_and_gradients(loss_fn: LossFn, params, batch: Batch, key: jax.Array, accumulate: int):
@@ -195,7 +191,7 @@ def make_hessian_refresh(curvature_fn: CurvatureFn, *, rows: int | None = None):
             if rows < 1 or total % rows:
                 raise ValueError(f"a Hessian sub-batch of {rows} rows must divide the batch of {total}")
             batch = {
-                name: _constrain(x.reshape(rows, total // rows, *x.shape[1:])[:, 0], P(BATCH_AXES))
+                name: constrain(x.reshape(rows, total // rows, *x.shape[1:])[:, 0], P(BATCH_AXES))
                 for name, x in batch.items()
             }
         key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)

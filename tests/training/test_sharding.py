@@ -5,8 +5,17 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from experiments.benchmarks.collectives import collectives
+from jaxskip.models import DECODER_PARTITION_RULES, Decoder, decoder_config
 from jaxskip.optim import sophia
-from jaxskip.training import check_batch_size, make_mesh, make_optimizer, optimizer_state_shardings, param_shardings
+from jaxskip.training import (
+    check_batch_size,
+    make_mesh,
+    make_optimizer,
+    next_token_loss,
+    optimizer_state_shardings,
+    param_shardings,
+)
 from jaxskip.training import shard_batch as to_devices
 
 pytestmark = pytest.mark.multidevice
@@ -64,3 +73,19 @@ def test_batch_rows_go_to_the_batch_axes_in_order():
     placed = to_devices({"x": rows}, make_mesh(2, 2, 2))["x"]
     np.testing.assert_array_equal(placed, rows)
     assert placed.sharding.spec == P(("data", "fsdp")) and placed.addressable_shards[0].data.shape == (2, 2)
+
+
+def test_the_tensor_axis_splits_matrices_and_not_positions():
+    """Partial products are summed, four times a layer; gathering matrices in the loop over layers would be FSDP."""
+    model = Decoder(decoder_config("gpt2-tiny", dtype=jnp.float32))
+    tokens = jnp.zeros((2, 64), jnp.int32)
+    mesh = make_mesh(1, 1, 2, devices=jax.devices()[:2])
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    shardings = param_shardings(params, mesh, DECODER_PARTITION_RULES)
+    params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings)
+    with jax.set_mesh(mesh):
+        gradient = jax.jit(jax.grad(next_token_loss(model), has_aux=True), out_shardings=(shardings, {}))
+        program = gradient.lower(params, {"inputs": tokens, "targets": tokens}, jax.random.key(0)).compile()
+    found = collectives(program.as_text())
+    assert found["all-reduce"]["runs"] >= 4 * model.config.num_layers
+    assert found["all-gather"]["runs"] == found["all-gather"]["program"]
