@@ -143,7 +143,7 @@ def report(config: Config, results: Results) -> Report:
     if predicted:
         (row, order), shown = list(predicted.items())[-1]
         labels = [f"{node}, stage {stage}" for node, stage in enumerate(_topology(timed[row, order]).stage_of)]
-        figures["timeline"] = pipeline.plot_timeline(shown.simulation, labels)
+        figures["timeline"] = pipeline.plot_timeline(shown.simulation, labels=labels)
     return Report(
         claims=claims,
         tables={name: content for name, content in tables.items() if content.rows},
