@@ -292,10 +292,9 @@ def test_heads_and_batch_over_devices():
     window=st.tuples(st.none() | st.integers(0, 20), st.none() | st.integers(0, 20)),
     blocks=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     segments=st.booleans(),
-    on_device=st.booleans(),
 )
 def test_lists_are_exactly_the_blocks_with_something_visible(
-    queries, keys, q_len, kv_len, causal, window, blocks, segments, on_device
+    queries, keys, q_len, kv_len, causal, window, blocks, segments
 ):
     """Every block with a visible pair is listed, others are not (with segments: may be); "full" means every pair."""
     q_len, kv_len = min(q_len, queries), min(kv_len, keys)
@@ -307,8 +306,6 @@ def test_lists_are_exactly_the_blocks_with_something_visible(
     spec = Spec("chunked", dispatch.Target("cpu"), 1.0, None, causal, window, *blocks, segments, False)
     lengths = (np.array([x], np.int32) for x in (q_len, kv_len, kv_len - q_len))
     places = Places(*lengths, *ids)
-    if on_device:
-        places = jax.tree.map(jnp.asarray, places)
     rows, columns = visits.lists(spec, places, queries, keys)
     tall, wide = -(-queries // blocks[0]), -(-keys // blocks[1])
     padded = np.zeros((tall * blocks[0], wide * blocks[1]), bool)
@@ -326,6 +323,23 @@ def test_lists_are_exactly_the_blocks_with_something_visible(
             assert named[:full] == np.flatnonzero(every[n]).tolist()
             assert named[full:] == np.flatnonzero(some[n] & ~every[n]).tolist()
             assert (index[count:] == (named[-1] if named else index[0])).all() and (index >= 0).all()
+
+
+@pytest.mark.parametrize(("blocks", "window"), [((16, 8), (None, None)), ((4, 3), (30, 0))])
+def test_lists_made_on_the_device_are_the_same(blocks, window):
+    """Few blocks are put in order by comparison, many by a sort. The widths differ: there it is a bound."""
+    queries = keys = 200
+    spec = Spec("chunked", dispatch.Target("cpu"), 1.0, None, True, window, *blocks, False, True)
+    places = Places(*(np.array(x, np.int32) for x in ([200, 90], [200, 150], [0, 60])))
+    mask = mask_of(2, 3, -(-queries // blocks[0]), -(-keys // blocks[1]))
+    known = visits.lists(spec, places, queries, keys, mask)
+    made = jax.jit(lambda *x: visits.lists(spec, x[0], queries, keys, x[1]))(places, mask)
+    for here, there in zip(known, made, strict=True):
+        width = here.index.shape[-1]
+        assert there.index.shape[-1] >= width
+        np.testing.assert_array_equal(here.index, there.index[..., :width])
+        np.testing.assert_array_equal(here.full, there.full)
+        np.testing.assert_array_equal(here.count, there.count)
 
 
 def test_documents_skip_what_lies_between_them():
