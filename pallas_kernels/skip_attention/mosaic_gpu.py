@@ -22,8 +22,8 @@ def forward(spec: Spec, q, k, v, rows: Visits, places: Places):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(spec, q, k, v, lists, masks):
-    out, lse = hopper_forward.run(spec, q, k, v, lists, masks)
-    return out, lse[:, :, : q.shape[1]]
+    out, lse = hopper_forward.run(spec, _whole(q), _whole(k), _whole(v), lists, masks)
+    return out[:, : q.shape[1]], lse[:, :, : q.shape[1]]
 
 
 def backward(spec: Spec, q, k, v, rows: Visits, columns: Visits, places: Places, lse, delta, do):
@@ -39,19 +39,26 @@ def _backward(spec, q, k, v, rows, columns, masks, lse, delta, do):
     lse2 = jnp.where(lse == -jnp.inf, jnp.inf, lse * hopper.LOG2E)
     padding = ((0, 0), (0, 0), (0, -lse.shape[2] % spec.block_q))
     lse2, less = jnp.pad(lse2, padding, constant_values=jnp.inf), jnp.pad(-delta, padding)
-    operands = q, k, v, do.astype(q.dtype), lse2, less
-    if not (ONE_PASS and q.shape[-1] == 128 and spec.block_kv == 128):
+    operands = _whole(q), _whole(k), _whole(v), _whole(do.astype(q.dtype)), lse2, less
+    if ONE_PASS and q.shape[-1] == 128 and spec.block_kv == 128:
+        batch, _, heads, width = q.shape
+
+        def one_pass(refs):
+            dq_sum, dk, dv = refs
+            dk[...], dv[...] = hopper_backward.key_gradients(spec, *operands, columns, masks, dq_sum)
+
+        dq_sum = jnp.zeros((batch, lse2.shape[2], heads, width), jnp.float32)
+        results = pl.run_state(one_pass)((dq_sum, jnp.zeros_like(operands[1]), jnp.zeros_like(operands[2])))
+        dq, dk, dv = (results[0] * spec.scale).astype(q.dtype), *results[1:]
+    else:
         dq = hopper_backward.query_gradient(spec, *operands, rows, masks)
-        return dq, *hopper_backward.key_gradients(spec, *operands, columns, masks)
-    batch, queries, heads, width = q.shape
+        dk, dv = hopper_backward.key_gradients(spec, *operands, columns, masks)
+    return dq[:, : q.shape[1]], dk[:, : k.shape[1]], dv[:, : k.shape[1]]
 
-    def one_pass(refs):
-        dq_sum, dk, dv = refs
-        dk[...], dv[...] = hopper_backward.key_gradients(spec, *operands, columns, masks, dq_sum)
 
-    dq_sum = jnp.zeros((batch, lse2.shape[2], heads, width), jnp.float32)
-    dq_sum, dk, dv = pl.run_state(one_pass)((dq_sum, jnp.zeros_like(k), jnp.zeros_like(v)))
-    return (dq_sum[:, :queries] * spec.scale).astype(q.dtype), dk, dv
+def _whole(x):
+    """x [B, T, ...] padded to whole 8 tokens, as the copy engine wants it: a copy, if T is not a multiple of 8."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0)))
 
 
 def _check(spec, q):

@@ -64,7 +64,7 @@ def problem(
     )
     scale = width**-0.5 if scale is None else scale
     spec = Spec(
-        "mosaic_gpu", dispatch.Target("gpu", (9, 0)), scale, softcap, causal, window, *blocks, segmented,
+        "mosaic_gpu", dispatch.Target("gpu", (9, 0)), scale, softcap, causal, tuple(window), *blocks, segmented,
         density is not None,
     )  # fmt: skip
     q_len, kv_len = (
@@ -177,8 +177,9 @@ def test_other_blocks_and_widths_are_refused():
             mosaic_gpu.forward(spec, *operands, lists[0], places)
 
 
+# Prints the temporary memory, and the bytes that each kernel spills, as the assembler says on the standard output.
 COMPILE = """
-import json, re, sys
+import json, os, re, sys, tempfile
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec as P
@@ -190,10 +191,17 @@ mesh = jax.sharding.Mesh(np.array([device]), ("x",))
 spec, operands, cotangents, lists, places, _ = problem(**options)
 shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P()))
 arguments = jax.tree.map(shape, (operands, cotangents, lists, places))
-with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+with tempfile.TemporaryFile("w+") as said, jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    out = os.dup(1)
+    os.dup2(said.fileno(), 1)
     compiled = jax.jit(lambda *x: run(spec, *x)).lower(*arguments).compile()
-m = compiled.memory_analysis()
-print(json.dumps({"temporary": m.temp_size_in_bytes}))
+    os.dup2(out, 1)
+    said.seek(0)
+    text = said.read()
+print(json.dumps({
+    "temporary": compiled.memory_analysis().temp_size_in_bytes,
+    "spilled": [int(x) for x in re.findall(r"stack frame, (\\d+) bytes spill stores", text)],
+    "serialized": text.count("C7514") + text.count("C7510")}))
 """
 
 
@@ -208,9 +216,13 @@ print(json.dumps({"temporary": m.temp_size_in_bytes}))
     ids=["causal", "everything"],
 )
 def test_compiles_for_hopper(options):
-    """Beyond the results: the sum of dq in float32 (4 MiB of the first), per query two numbers, and the lists."""
-    found = compile_in_a_process(COMPILE, H200, json.dumps(options | {"blocks": [128, 128]}), environment=GPU)
+    """Memory beyond the results: the sum of dq in float32 (4 MiB of the first), per query two numbers, and the lists.
+    Registers: what does not change in a tile may be spilled, products not serialized."""
+    environment = GPU | {"MOSAIC_GPU_DUMP_PTXAS": "1"}
+    found = compile_in_a_process(COMPILE, H200, json.dumps(options | {"blocks": [128, 128]}), environment=environment)
     assert found["temporary"] <= 2**23
+    assert len(found["spilled"]) in (2, 3) and max(found["spilled"]) <= 256
+    assert not found["serialized"]
 
 
 # The most telling first: few, for each is compiled.
