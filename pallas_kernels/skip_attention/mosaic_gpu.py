@@ -3,12 +3,14 @@
 import functools
 
 import jax
+import jax.experimental.pallas as pl
 import jax.numpy as jnp
 
 from pallas_kernels import hopper
 from pallas_kernels.skip_attention import hopper_backward, hopper_forward, hopper_tiles
 from pallas_kernels.skip_attention.reference import Places, Spec, Visits
 
+# One pass needs copies that add, which came with JAX 0.11; it is faster, and dq is not the same bit for bit each time.
 ONE_PASS = not hopper.BEFORE_0_11
 
 
@@ -20,8 +22,8 @@ def forward(spec: Spec, q, k, v, rows: Visits, places: Places):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(spec, q, k, v, lists, masks):
-    out, lse = hopper_forward.run(spec, q, k, v, lists, masks)
-    return out, lse[:, :, : q.shape[1]]
+    out, lse = hopper_forward.run(spec, _whole(q), _whole(k), _whole(v), lists, masks)
+    return out[:, : q.shape[1]], lse[:, :, : q.shape[1]]
 
 
 def backward(spec: Spec, q, k, v, rows: Visits, columns: Visits, places: Places, lse, delta, do):
@@ -37,21 +39,32 @@ def _backward(spec, q, k, v, rows, columns, masks, lse, delta, do):
     lse2 = jnp.where(lse == -jnp.inf, jnp.inf, lse * hopper.LOG2E)
     padding = ((0, 0), (0, 0), (0, -lse.shape[2] % spec.block_q))
     lse2, less = jnp.pad(lse2, padding, constant_values=jnp.inf), jnp.pad(-delta, padding)
-    operands = q, k, v, do.astype(q.dtype), lse2, less
-    if not (ONE_PASS and q.shape[-1] == 128 and spec.block_kv == 128):
+    operands = _whole(q), _whole(k), _whole(v), _whole(do.astype(q.dtype)), lse2, less
+    if ONE_PASS and q.shape[-1] == 128 and spec.block_kv == 128:
+        batch, _, heads, width = q.shape
+
+        def one_pass(refs):
+            dq_sum, dk, dv = refs
+            dk[...], dv[...] = hopper_backward.key_gradients(spec, *operands, columns, masks, dq_sum)
+
+        dq_sum = jnp.zeros((batch, lse2.shape[2], heads, width), jnp.float32)
+        results = pl.run_state(one_pass)((dq_sum, jnp.zeros_like(operands[1]), jnp.zeros_like(operands[2])))
+        dq, dk, dv = (results[0] * spec.scale).astype(q.dtype), *results[1:]
+    else:
         dq = hopper_backward.query_gradient(spec, *operands, rows, masks)
-        return dq, *hopper_backward.key_gradients(spec, *operands, columns, masks)
-    batch, queries, heads, width = q.shape
-    dq_sum = jax.new_ref(jnp.zeros((batch, lse2.shape[2], heads, width), jnp.float32))
-    dk, dv = hopper_backward.key_gradients(spec, *operands, columns, masks, dq_sum)
-    return (dq_sum[:, :queries] * spec.scale).astype(q.dtype), dk, dv
+        dk, dv = hopper_backward.key_gradients(spec, *operands, columns, masks)
+    return dq[:, : q.shape[1]], dk[:, : k.shape[1]], dv[:, : k.shape[1]]
+
+
+def _whole(x):
+    """x [B, T, ...] padded to whole 8 tokens, as the copy engine wants it: a copy, if T is not a multiple of 8."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0)))
 
 
 def _check(spec, q):
-    if spec.block_q not in (64, 128, 192) or spec.block_kv not in (64, 128):
+    if spec.block_q not in (64, 128) or spec.block_kv not in (64, 128):
         raise NotImplementedError(
-            f"blocks of {spec.block_q} queries and {spec.block_kv} keys; implementation='mosaic_gpu' takes 64, 128 or "
-            "192 queries and 64 or 128 keys"
+            f"blocks of {spec.block_q} queries and {spec.block_kv} keys; implementation='mosaic_gpu' takes 64 or 128"
         )
     if q.shape[-1] not in (64, 128) or q.dtype.itemsize != 2:
         raise NotImplementedError(

@@ -8,7 +8,7 @@ import pytest
 
 from experiments import cli, skip_attention
 from experiments.claims import Report
-from experiments.skip_attention import RANDOM, STRIDED, TOPK, WINDOW, Point
+from experiments.skip_attention import ALL, RANDOM, STRIDED, TOGETHER, TOPK, WINDOW, XLA, Point
 
 
 @pytest.mark.slow
@@ -22,7 +22,7 @@ def test_the_smallest_run_from_command_line_to_picture(tmp_path):
     (folder,) = (tmp_path / "skip_attention").iterdir()
     report = Report.load(folder)
     rows = {row[0]: row for row in next(iter(report.tables.values())).rows}
-    assert set(rows) == {"all blocks", WINDOW, STRIDED, TOPK, RANDOM}
+    assert set(rows) == {XLA, ALL, WINDOW, STRIDED, TOPK, TOGETHER, RANDOM}
     assert all(rows[family][2] == "58.3%" for family in (WINDOW, TOPK, RANDOM))  # 21 of 36 blocks
     assert report.claims[0].holds and rows[TOPK][3] < rows[RANDOM][3]
     assert (folder / "skip_attention.png").read_bytes().startswith(b"\x89PNG")
@@ -49,17 +49,18 @@ def test_topk_takes_the_blocks_of_largest_mean_product():
         for i in range(8):
             others = sorted(range(1, i), key=lambda j: -scores[i, j])
             assert set(np.flatnonzero(found[0, head, i])) == {0, i, *others[:1]}
+    assert skip_attention.topk_mask(q, k, 8, 3, together=True).shape == (1, 1, 8, 8)
 
 
 def test_claims_hold_and_fail_by_what_was_measured():
-    whole = Point("all blocks", 32, 1.0, 10.0, 100.0)
-    points = [whole]
-    for family, perplexity in ((WINDOW, 11.0), (STRIDED, 12.0), (TOPK, 10.4), (RANDOM, 20.0)):
-        points.append(Point(family, 4, 0.2, perplexity, 30.0))
-    assert [claim.holds for claim in skip_attention.claims_of(points, 10.0)] == [True] * 7
-    worse = [dataclasses.replace(p, milliseconds=40.0, perplexity=25.0) for p in points[1:4]]
-    found = skip_attention.claims_of([whole, *worse, points[4]], 10.1)
-    assert [claim.holds for claim in found] == [False, False, False, True, False, False, False]
+    plain, whole = Point(XLA, 32, 1.0, 10.0, 300.0), Point(ALL, 32, 1.0, 10.0, 100.0)
+    families = ((WINDOW, 11.0), (STRIDED, 12.0), (TOPK, 10.4), (TOGETHER, 11.0), (RANDOM, 20.0))
+    points = [Point(family, 4, 0.2, perplexity, 30.0) for family, perplexity in families]
+    assert [claim.holds for claim in skip_attention.claims_of([plain, whole, *points])] == [True] * 8
+    worse = [dataclasses.replace(p, milliseconds=40.0, perplexity=25.0) for p in points[:4]]
+    plain = dataclasses.replace(plain, perplexity=10.1)
+    found = skip_attention.claims_of([plain, whole, *worse, points[4]])
+    assert [claim.holds for claim in found] == [False, False, False, False, True, False, False, False]
 
 
 @pytest.mark.parametrize(("change", "message"), [({"tokens": 100}, "whole pairs"), ({"budgets": (1,)}, "at least 2")])

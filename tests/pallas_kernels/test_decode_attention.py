@@ -136,3 +136,13 @@ def test_what_does_not_fit_is_refused(change, error, message):
         decode_attention(**{**operands, **change})
     with pytest.raises(ValueError, match=r"what is new \[B, G, K\]"):
         append_kv(keys, values, keys[:, 0], values[:, 0, :1], lengths=operands["lengths"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("heads", "width"), [(4, 64), (16, 128)])
+def test_on_a_gpu_the_default_gives_the_definition(options, heads, width):
+    """As in the interpreter: bfloat16, 2e-2."""
+    operands = problem(heads=heads, width=width, dtype="bfloat16")
+    found = jax.jit(decode_attention)(*operands, **jax.tree.map(jnp.asarray, options))
+    np.testing.assert_allclose(np.asarray(found, np.float64), exact(*operands, **options), atol=2e-2)

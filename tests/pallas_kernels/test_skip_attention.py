@@ -292,10 +292,9 @@ def test_heads_and_batch_over_devices():
     window=st.tuples(st.none() | st.integers(0, 20), st.none() | st.integers(0, 20)),
     blocks=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     segments=st.booleans(),
-    on_device=st.booleans(),
 )
 def test_lists_are_exactly_the_blocks_with_something_visible(
-    queries, keys, q_len, kv_len, causal, window, blocks, segments, on_device
+    queries, keys, q_len, kv_len, causal, window, blocks, segments
 ):
     """Every block with a visible pair is listed, others are not (with segments: may be); "full" means every pair."""
     q_len, kv_len = min(q_len, queries), min(kv_len, keys)
@@ -307,8 +306,6 @@ def test_lists_are_exactly_the_blocks_with_something_visible(
     spec = Spec("chunked", dispatch.Target("cpu"), 1.0, None, causal, window, *blocks, segments, False)
     lengths = (np.array([x], np.int32) for x in (q_len, kv_len, kv_len - q_len))
     places = Places(*lengths, *ids)
-    if on_device:
-        places = jax.tree.map(jnp.asarray, places)
     rows, columns = visits.lists(spec, places, queries, keys)
     tall, wide = -(-queries // blocks[0]), -(-keys // blocks[1])
     padded = np.zeros((tall * blocks[0], wide * blocks[1]), bool)
@@ -326,6 +323,23 @@ def test_lists_are_exactly_the_blocks_with_something_visible(
             assert named[:full] == np.flatnonzero(every[n]).tolist()
             assert named[full:] == np.flatnonzero(some[n] & ~every[n]).tolist()
             assert (index[count:] == (named[-1] if named else index[0])).all() and (index >= 0).all()
+
+
+@pytest.mark.parametrize(("blocks", "window"), [((16, 8), (None, None)), ((4, 3), (30, 0))])
+def test_lists_made_on_the_device_are_the_same(blocks, window):
+    """Few blocks are put in order by comparison, many by a sort. The widths differ: there it is a bound."""
+    queries = keys = 200
+    spec = Spec("chunked", dispatch.Target("cpu"), 1.0, None, True, window, *blocks, False, True)
+    places = Places(*(np.array(x, np.int32) for x in ([200, 90], [200, 150], [0, 60])))
+    mask = mask_of(2, 3, -(-queries // blocks[0]), -(-keys // blocks[1]))
+    known = visits.lists(spec, places, queries, keys, mask)
+    made = jax.jit(lambda *x: visits.lists(spec, x[0], queries, keys, x[1]))(places, mask)
+    for here, there in zip(known, made, strict=True):
+        width = here.index.shape[-1]
+        assert there.index.shape[-1] >= width
+        np.testing.assert_array_equal(here.index, there.index[..., :width])
+        np.testing.assert_array_equal(here.full, there.full)
+        np.testing.assert_array_equal(here.count, there.count)
 
 
 def test_documents_skip_what_lies_between_them():
@@ -402,3 +416,29 @@ def test_nothing_gives_nothing(shape):
     q, k, v, g, g_lse = problem(**shape)
     for got in run(q, k, v, g, g_lse):
         assert (got == np.where(np.isneginf(got), got, 0)).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 128])
+def test_on_a_gpu_the_default_gives_the_definition(width):
+    """bfloat16, everything at once, the choices traced; 2e-2 of the largest as in ``test_sixteen_bits``."""
+    mask, lengths, active = mask_of(3, 4, 4, 4, density=0.8), np.array([500, 400, 500]), np.array([True, True, False])
+    operands = problem(batch=3, queries=500, keys=500, heads=4, kv_heads=2, width=width, dtype="bfloat16")
+    found = run(
+        *operands,
+        skip=SkipSpec.from_block_mask(jnp.asarray(mask), 128, 128),
+        is_causal=True,
+        local_window_size=(300, 0),
+        key_value_seq_lengths=jnp.asarray(lengths),
+        query_seq_lengths=jnp.asarray(lengths),
+        active=jnp.asarray(active),
+        logits_soft_cap=5.0,
+    )
+    same = {"block_mask": mask, "blocks": (128, 128), "causal": True, "window": (300, 0), "softcap": 5.0}
+    _, wanted = expected(operands, same | {"q_len": lengths, "kv_len": lengths, "active": active})
+    for name, got, want in zip(("out", "lse", "dq", "dk", "dv"), found, wanted, strict=True):
+        finite = np.isfinite(want)
+        error = np.abs(got[finite] - want[finite]).max() / np.abs(want[finite]).max()
+        assert error < (1e-4 if name == "lse" else 2e-2), (name, error)
+    assert (np.isneginf(found[1]) == np.isneginf(wanted[1])).all()
+    assert (found[0][2] == 0).all() and all((x[2] == 0).all() for x in found[2:])

@@ -1,6 +1,7 @@
 """The Hopper kernels of attention that skips: interpreted here, compiled ahead of time, and run on a GPU."""
 
 import contextlib
+import functools
 import json
 
 import jax
@@ -22,7 +23,12 @@ interpreted = pytest.mark.skipif(
 
 @pytest.fixture
 def interpreter(monkeypatch):
-    """Few multiprocessors, so that a thread block has several tiles; races raise."""
+    """One multiprocessor, which has all tiles: several would race where dq is summed, the interpreter having no copies
+    that add. Other races raise."""
+
+    def add_to(target, source):
+        target[...] = target[...] + source[...]
+        plgpu.commit_smem()
 
     def product_onto(total, a, b_ref, meanwhile):
         other, b = meanwhile(), b_ref[...]
@@ -32,7 +38,8 @@ def interpreter(monkeypatch):
     monkeypatch.setattr(hopper, "product_onto", product_onto)
     monkeypatch.setattr(hopper, "start_from", lambda acc, value: None)
     monkeypatch.setattr(hopper, "sum_from", lambda acc, value, pending=0: acc[...] + value)
-    monkeypatch.setattr(hopper, "MULTIPROCESSORS", 2)
+    monkeypatch.setattr(hopper, "add_to", add_to)
+    monkeypatch.setattr(hopper, "MULTIPROCESSORS", 1)
     jax.clear_caches()
 
     @contextlib.contextmanager
@@ -47,8 +54,9 @@ def interpreter(monkeypatch):
 def problem(
     batch=1, queries=128, keys=128, heads=1, kv_heads=1, width=64, blocks=(128, 64), dtype=jnp.bfloat16, seed=0,
     causal=False, window=(None, None), softcap=None, scale=None, q_len=None, kv_len=None, density=None, segmented=False,
+    seen=True,
 ):  # fmt: skip
-    """(spec, (q, k, v), cotangents of the output and the log-sum-exp, lists, places, which pairs are seen)."""
+    """(spec, (q, k, v), cotangents of the output and the log-sum-exp, lists, places, which pairs are seen or None)."""
     rng = np.random.default_rng(seed)
     q, k, v, g = (
         jnp.asarray(rng.normal(size=(batch, n, h, width)), dtype)
@@ -56,7 +64,7 @@ def problem(
     )
     scale = width**-0.5 if scale is None else scale
     spec = Spec(
-        "mosaic_gpu", dispatch.Target("gpu", (9, 0)), scale, softcap, causal, window, *blocks, segmented,
+        "mosaic_gpu", dispatch.Target("gpu", (9, 0)), scale, softcap, causal, tuple(window), *blocks, segmented,
         density is not None,
     )  # fmt: skip
     q_len, kv_len = (
@@ -73,10 +81,11 @@ def problem(
         mask[0, 0, -1] = False  # a row of blocks that sees nothing
         mask[0, :, :, -1] = False  # keys that nothing sees
     lists = visits.lists(spec, places, queries, keys, mask)
-    seen = attention_oracle.pairs(
-        q.shape, keys, block_mask=mask, blocks=blocks, causal=causal, window=window, q_len=q_len, kv_len=kv_len,
-        q_segments=segments[0], kv_segments=segments[1],
-    )  # fmt: skip
+    if seen:
+        seen = attention_oracle.pairs(
+            q.shape, keys, block_mask=mask, blocks=blocks, causal=causal, window=window, q_len=q_len, kv_len=kv_len,
+            q_segments=segments[0], kv_segments=segments[1],
+        )  # fmt: skip
     real = np.arange(queries)[None] < q_len[:, None], np.arange(keys)[None] < kv_len[:, None]
     q, k, v, g = (jnp.where(real[side][:, :, None, None], x, 0) for x, side in ((q, 0), (k, 1), (v, 1), (g, 0)))
     g_lse = jnp.asarray(rng.normal(size=(batch, heads, queries)), jnp.float32)
@@ -118,6 +127,7 @@ def check(got, spec, operands, cotangents, seen):
 
 
 CASES = {
+    "one_pass": {"queries": 200, "keys": 300, "heads": 2, "width": 128, "blocks": (128, 128), "causal": True},
     "causal": {"queries": 256, "keys": 256, "causal": True},
     "ragged": {"queries": 150, "keys": 100, "width": 128, "blocks": (64, 128)},
     "grouped": {"batch": 2, "heads": 4, "kv_heads": 2},
@@ -125,7 +135,7 @@ CASES = {
     "segments": {"queries": 200, "keys": 200, "causal": True, "segmented": True},
     "blocks": {"queries": 256, "keys": 256, "heads": 2, "kv_heads": 2, "causal": True, "density": 0.5},
     "window": {"queries": 256, "keys": 256, "window": (60, 0), "softcap": 5.0},
-    "float16": {"queries": 100, "keys": 200, "blocks": (192, 128), "dtype": jnp.float16, "scale": -0.1},
+    "float16": {"queries": 100, "keys": 200, "blocks": (128, 128), "dtype": jnp.float16, "scale": -0.1},
 }
 
 
@@ -167,8 +177,9 @@ def test_other_blocks_and_widths_are_refused():
             mosaic_gpu.forward(spec, *operands, lists[0], places)
 
 
+# Prints the temporary memory, and the bytes that each kernel spills, as the assembler says on the standard output.
 COMPILE = """
-import json, re, sys
+import json, os, re, sys, tempfile
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec as P
@@ -180,10 +191,17 @@ mesh = jax.sharding.Mesh(np.array([device]), ("x",))
 spec, operands, cotangents, lists, places, _ = problem(**options)
 shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P()))
 arguments = jax.tree.map(shape, (operands, cotangents, lists, places))
-with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+with tempfile.TemporaryFile("w+") as said, jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    out = os.dup(1)
+    os.dup2(said.fileno(), 1)
     compiled = jax.jit(lambda *x: run(spec, *x)).lower(*arguments).compile()
-m = compiled.memory_analysis()
-print(json.dumps({"temporary": m.temp_size_in_bytes}))
+    os.dup2(out, 1)
+    said.seek(0)
+    text = said.read()
+print(json.dumps({
+    "temporary": compiled.memory_analysis().temp_size_in_bytes,
+    "spilled": [int(x) for x in re.findall(r"stack frame, (\\d+) bytes spill stores", text)],
+    "serialized": text.count("C7514") + text.count("C7510")}))
 """
 
 
@@ -198,27 +216,61 @@ print(json.dumps({"temporary": m.temp_size_in_bytes}))
     ids=["causal", "everything"],
 )
 def test_compiles_for_hopper(options):
-    """Beyond the results: the log-sum-exp and delta in whole blocks, and the lists."""
-    found = compile_in_a_process(COMPILE, H200, json.dumps(options | {"blocks": [128, 128]}), environment=GPU)
-    assert found["temporary"] <= 2**18
+    """Memory beyond the results: the sum of dq in float32 (4 MiB of the first), per query two numbers, and the lists.
+    Registers: what does not change in a tile may be spilled, products not serialized."""
+    environment = GPU | {"MOSAIC_GPU_DUMP_PTXAS": "1"}
+    found = compile_in_a_process(COMPILE, H200, json.dumps(options | {"blocks": [128, 128]}), environment=environment)
+    assert found["temporary"] <= 2**23
+    assert len(found["spilled"]) in (2, 3) and max(found["spilled"]) <= 256
+    assert not found["serialized"]
 
 
-ON_A_GPU = CASES | {
-    "wide": {"batch": 2, "queries": 1000, "keys": 1200, "heads": 4, "kv_heads": 2, "width": 128, "causal": True},
-    "long": {"queries": 4096, "keys": 4096, "heads": 2, "kv_heads": 2, "width": 128, "causal": True},
-    "sparse": {"queries": 2048, "keys": 2048, "heads": 4, "kv_heads": 4, "width": 128, "density": 0.3},
-    "documents": {"batch": 2, "queries": 1500, "keys": 1500, "width": 64, "causal": True, "segmented": True},
-}
+# The most telling first: few, for each is compiled.
+ON_A_GPU = {
+    "one_pass": {"batch": 2, "queries": 300, "keys": 400, "heads": 4, "kv_heads": 2, "width": 128, "causal": True},
+    "two_passes": {"queries": 600, "keys": 600, "heads": 4, "kv_heads": 2, "width": 128, "causal": True},
+    "everything": {
+        "batch": 2, "queries": 300, "keys": 400, "width": 64, "causal": True, "window": (150, 0), "softcap": 10.0,
+        "segmented": True, "q_len": [300, 170], "kv_len": [333, 400],
+    },
+    "blocks": {"queries": 1024, "keys": 1024, "heads": 3, "kv_heads": 3, "width": 128, "density": 0.4},
+}  # fmt: skip
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", ON_A_GPU)
-def test_on_a_gpu_the_kernels_equal_the_definition(case):
-    """And twice the same, bit for bit: every sum has one order."""
-    options = {"blocks": (128, 128)} | ON_A_GPU[case]
-    spec, operands, cotangents, lists, places, seen = problem(**options)
-    got = run(spec, operands, cotangents, lists, places)
+def test_on_a_gpu_the_kernels_equal_the_definition(case, monkeypatch):
+    """And twice the same, bit for bit: every sum has one order, but that of dq in one pass (within 1e-3 of the largest,
+    for it is rounded to bfloat16, as much as 2**-8 of a value, after a sum in float32)."""
+    monkeypatch.setattr(mosaic_gpu, "ONE_PASS", mosaic_gpu.ONE_PASS and case != "two_passes")
+    spec, operands, cotangents, lists, places, seen = problem(blocks=(128, 128), **ON_A_GPU[case])
+    both = jax.jit(lambda *operands: run(spec, *operands, lists, places))
+    got, again = both(operands, cotangents), both(operands, cotangents)
     check(got, spec, operands, cotangents, seen)
-    again = run(spec, operands, cotangents, lists, places)
-    for ours, same in zip(got, again, strict=True):
-        np.testing.assert_array_equal(np.asarray(ours), np.asarray(same))
+    for name, ours, same in zip(("out", "lse", "dq", "dk", "dv"), got, again, strict=True):
+        ours, same = (np.asarray(x.astype(jnp.float32)) for x in (ours, same))
+        if name == "dq" and case in ("one_pass", "blocks"):
+            np.testing.assert_allclose(ours, same, atol=1e-3 * np.abs(ours).max(), rtol=2**-7)
+        else:
+            np.testing.assert_array_equal(ours, same, err_msg=name)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_many_tiles_equal_xla():
+    """Several tiles a multiprocessor, long lists: 2e-2 of the largest value, from bfloat16's rounding, as ``check``."""
+    spec, (q, k, v), (g, _), lists, places, _ = problem(
+        batch=2, queries=1920, keys=1920, heads=16, kv_heads=8, width=128, blocks=(128, 128), causal=True, seen=False
+    )
+
+    def ours(q, k, v, g):
+        out, _, *gradients = run(spec, (q, k, v), (g, jnp.zeros((2, 16, 1920), jnp.float32)), lists, places)
+        return out, *gradients
+
+    def xla(q, k, v, g):
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+        attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="xla")
+        out, transpose = jax.vjp(attend, q, k, v)
+        return out, *transpose(g.astype(jnp.float32))
+
+    for name, a, b in zip(("out", "dq", "dk", "dv"), jax.jit(ours)(q, k, v, g), jax.jit(xla)(q, k, v, g), strict=True):
+        assert jnp.abs(a.astype(jnp.float32) - b).max() <= 2e-2 * jnp.abs(b).max(), name

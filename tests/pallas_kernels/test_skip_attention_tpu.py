@@ -183,6 +183,8 @@ def test_too_long_lists_and_odd_blocks_are_refused():
         jax.eval_shape(lambda q, mask: f(q, q, q, skip=SkipSpec.from_block_mask(mask, 128, 128)), q, mask)
     with tpu(), pytest.raises(ValueError, match="a multiple of 128 queries"):
         jax.eval_shape(lambda q: f(q, q, q, block_sizes=(96, 128)), q)
+    with tpu(), pytest.raises(NotImplementedError, match="reads bfloat16 or float32, not float16"):
+        jax.eval_shape(lambda q: f(q, q, q), jax.ShapeDtypeStruct((1, 128, 1, 64), jnp.float16))
 
 
 # Compiles forward and gradients on the first chip of a topology. Arguments: topology, cases: shape of q, keys,
