@@ -138,6 +138,24 @@ def choose(op: str, implementation: str | None, registry: Registry) -> str:
     raise NotImplementedError(f"{op} cannot run on {here}: {why}. implementation=None chooses what can run")
 
 
+def once_differentiated(spec: Any, f: Callable) -> Callable:
+    """``f(spec, ...)`` of the operands, a part of the custom derivative of ``spec.implementation``; if that is a
+    kernel, it refuses to be differentiated once more and says why."""
+    f = functools.partial(f, spec)
+    if spec.implementation == "chunked":
+        return f
+
+    def refuse(*_):
+        raise NotImplementedError(
+            f"implementation={spec.implementation!r} has first derivatives only; "
+            "implementation='chunked' has jax.jvp(jax.grad(...)) too"
+        )
+
+    kernel = jax.custom_jvp(f)
+    kernel.defjvp(refuse)
+    return kernel
+
+
 def _default_device() -> Any:
     device = jax.config.jax_default_device
     return jax.local_devices(backend=device)[0] if device is None or isinstance(device, str) else device

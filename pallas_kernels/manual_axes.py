@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def same_manual_axes(tree: Any) -> Any:
@@ -24,3 +25,8 @@ def varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
 def manual_axes(x: jax.Array) -> frozenset[str]:
     kind = jax.typeof(x)
     return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+
+
+def output_like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """The shape of a kernel's output that varies over the same axes as x."""
+    return jax.eval_shape(lambda x: jnp.zeros_like(x, dtype, shape=shape), x)

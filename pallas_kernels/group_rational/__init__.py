@@ -160,21 +160,13 @@ _rational.defvjp(_rational_forward, _rational_backward)
 
 
 def _run(spec: Spec, name: str) -> Any:
-    """``forward`` or ``backward`` of the arrays; a kernel refuses to be differentiated and says why."""
-    f = functools.partial(getattr(_module(spec), name), spec)
-    if spec.implementation == "chunked":
-        return f
+    """``forward`` or ``backward`` of the arrays."""
+    f = getattr(_module(spec), name)
 
-    def refuse(*_):
-        raise NotImplementedError(
-            f"implementation={spec.implementation!r} has first derivatives only; "
-            "implementation='chunked' has jax.jvp(jax.grad(...)) too"
-        )
+    def looped(spec, *operands):  # a kernel's operands in HBM cannot be mapped: under jax.vmap, a loop
+        return jax.custom_batching.sequential_vmap(functools.partial(f, spec))(*operands)
 
-    # A kernel's operands in HBM cannot be mapped: under jax.vmap, a loop.
-    kernel = jax.custom_jvp(jax.custom_batching.sequential_vmap(f))
-    kernel.defjvp(refuse)
-    return kernel
+    return dispatch.once_differentiated(spec, f if spec.implementation == "chunked" else looped)
 
 
 def _module(spec: Spec) -> ModuleType:

@@ -22,6 +22,7 @@ from jax.extend.mlir.dialects import arith, vector
 from pallas_kernels import hopper
 from pallas_kernels.group_rational import arithmetic
 from pallas_kernels.group_rational.reference import Spec, flat
+from pallas_kernels.manual_axes import output_like
 
 _THREADS = 128
 _SHARED_MEMORY = 227 * 1024  # of a multiprocessor, of which each block takes 1 KiB more than it asks for
@@ -80,9 +81,9 @@ def _stream(spec, tile, table, *operands):
     operands = [jnp.pad(x, padding).reshape(rows, length) for x in operands]
     columns, steps = length // tile.channels, pl.cdiv(rows, tile.rows)
     splits = min(max(tile.blocks * hopper.MULTIPROCESSORS // columns, 1), steps)
-    outputs = [_like(operands[0], operands[0].shape, operands[0].dtype)]
+    outputs = [output_like(operands[0], operands[0].shape, operands[0].dtype)]
     if differentiating:
-        outputs.append(_like(operands[0], (splits, coefficients, length), jnp.float32))
+        outputs.append(output_like(operands[0], (splits, coefficients, length), jnp.float32))
     layout = plgpu.Layout.WG_STRIDED((tile.channels,), tile.channels // _THREADS)
     reciprocal = functools.partial(_reciprocal, layout)
 
@@ -180,8 +181,3 @@ def _inline(layout, dtype, function, x):
     returned = plgpu.ShapeDtypeStruct(x.shape, dtype, layout=layout)
     inlined: Any = plgpu.inline_mgpu(arg_types=(layout,), return_type=returned)(lambda _, x: function(x))
     return inlined(x)
-
-
-def _like(x, shape, dtype):
-    """The shape of an output that varies over the same mesh axes as x."""
-    return jax.eval_shape(lambda x: jnp.zeros_like(x, dtype, shape=shape), x)

@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.group_rational import arithmetic
 from pallas_kernels.group_rational.reference import Spec, flat
+from pallas_kernels.manual_axes import output_like
 
 _LANES, _SUBLANES = 128, 8
 _STEP = 16  # rows at a time: a register of bfloat16
@@ -87,9 +88,9 @@ def _stream(spec, table, *operands):
         return lax.div(index, row_tiles), lax.rem(index, row_tiles), column
 
     of_tile = pl.BlockSpec((None, *tile), place)
-    outputs = [(_like(operands[0], operands[0].shape, operands[0].dtype), of_tile)]
+    outputs = [(output_like(operands[0], operands[0].shape, operands[0].dtype), of_tile)]
     if differentiating:
-        sums = _like(operands[0], (parts, coefficients, _SUBLANES, channels), jnp.float32)
+        sums = output_like(operands[0], (parts, coefficients, _SUBLANES, channels), jnp.float32)
         of_sums = (None, coefficients, _SUBLANES, tile.channels)
         outputs.append((sums, pl.BlockSpec(of_sums, lambda part, column, _: (part, 0, 0, column))))
 
@@ -137,7 +138,9 @@ def _strip(spec, strip, remaining, table_ref, x_refs, out_ref, *sums_refs):
         here = pl.ds(pl.multiple_of(i * _STEP, _STEP), _STEP)
         read = [ref[here, strip].astype(jnp.float32) for ref in x_refs]
         if not sums_refs:
-            out_ref[here, strip] = arithmetic.value(spec.degree, *read, coefficients, _reciprocal).astype(out_ref.dtype)
+            out_ref[here, strip] = arithmetic.value(spec.degree, read[0], coefficients, _reciprocal).astype(
+                out_ref.dtype
+            )
             return sums
         if remaining is not None:  # what lies beyond the last row is anything, and must not reach the sums
             exists = lax.broadcasted_iota(jnp.int32, (_STEP, width), 0) < remaining - i * _STEP
@@ -156,8 +159,3 @@ def _strip(spec, strip, remaining, table_ref, x_refs, out_ref, *sums_refs):
 
 def _reciprocal(q):
     return 1 / q
-
-
-def _like(x, shape, dtype):
-    """The shape of an output that varies over the same mesh axes as x."""
-    return jax.eval_shape(lambda x: jnp.zeros_like(x, dtype, shape=shape), x)

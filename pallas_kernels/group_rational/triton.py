@@ -33,7 +33,8 @@ _PROGRAMS = 2048  # several for every multiprocessor of the largest GPU
 
 def unavailable(dtype: Any, target: Target) -> str | None:
     """Why the kernel cannot run for x of ``dtype`` on ``target`` with what is installed (None: it can)."""
-    if not (7, 5) <= (target.compute_capability or (0, 0)) <= (9, 0):
+    capability = target.compute_capability
+    if capability is None or not (7, 5) <= capability <= (9, 0):
         return "needs an NVIDIA GPU of compute capability 7.5 to 9.0"
     if dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
         return f"reads float16, bfloat16 or float32, not {dtype}"

@@ -327,9 +327,9 @@ def _per_token(spec, e, c, b, target):
 def _per_token_forward(spec, e, c, b, target):
     module = _module(spec)
     if spec.filter_eps and hasattr(module, "forward_saving"):
-        (nll, lse, labels), saved = _undifferentiated(spec, module.forward_saving)(e, c, b, target)
+        (nll, lse, labels), saved = dispatch.once_differentiated(spec, module.forward_saving)(e, c, b, target)
     else:
-        (nll, lse, labels), saved = _undifferentiated(spec, module.forward)(e, c, b, target), ()
+        (nll, lse, labels), saved = dispatch.once_differentiated(spec, module.forward)(e, c, b, target), ()
     return (nll, lse, labels), ((e, c, b, labels, lse), saved)
 
 
@@ -339,25 +339,8 @@ def _per_token_backward(spec, residuals, cotangents):
     scale = jax.lax.stop_gradient(jnp.max(jnp.abs(g) + jnp.abs(h), initial=0))
     scale = jnp.where(scale > 0, scale, 1)
     primal, saved = residuals
-    gradients = _undifferentiated(spec, _module(spec).backward)(*primal, g / scale, h / scale, scale, *saved)
+    gradients = dispatch.once_differentiated(spec, _module(spec).backward)(*primal, g / scale, h / scale, scale, *saved)
     return *_cast(spec, gradients), None
-
-
-def _undifferentiated(spec, f):
-    """``f`` of the operands, which if it is a kernel refuses to be differentiated and says why."""
-    f = functools.partial(f, spec)
-    if spec.implementation == "chunked":
-        return f
-
-    def refuse(*_):
-        raise NotImplementedError(
-            f"implementation={spec.implementation!r} has first derivatives only; "
-            "implementation='chunked' has jax.jvp(jax.grad(...)) too"
-        )
-
-    kernel = jax.custom_jvp(f)
-    kernel.defjvp(refuse)
-    return kernel
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -31,6 +31,7 @@ from pallas_kernels.linear_cross_entropy.tpu_tiles import (
     part_of,
     vocabulary_size,
 )
+from pallas_kernels.manual_axes import output_like
 
 _FEW = 16  # what a register holds along its first axis
 
@@ -68,7 +69,7 @@ def _forward(spec, saving, e, c, b, target):
     bias = _bias(tiles, b)
 
     def row(dtype):
-        return _like(e, (1, tiles.tokens), dtype), pl.BlockSpec((1, tiles.rows), lambda i, j, _: (0, i))
+        return output_like(e, (1, tiles.tokens), dtype), pl.BlockSpec((1, tiles.rows), lambda i, j, _: (0, i))
 
     outputs = {"lse": row(jnp.float32), "picked": row(jnp.float32)}
     if _dense(spec):
@@ -79,7 +80,7 @@ def _forward(spec, saving, e, c, b, target):
         shape = (pl.cdiv(pl.cdiv(tiles.vocabulary, part), 8) * 8, tiles.row_tiles * tiles.rows)
         parts = tiles.columns // part
         block = pl.BlockSpec((8, tiles.rows), lambda i, j, _: (j * parts // 8, i))
-        outputs["top"] = _like(e, shape, jnp.float32), block
+        outputs["top"] = output_like(e, shape, jnp.float32), block
     key = target.key if drawing else jnp.zeros_like(e, jnp.uint32, shape=(2,))
     results = pl.pallas_call(
         functools.partial(_forward_kernel, spec, tiles, part, drawing),
@@ -222,9 +223,9 @@ def _embedding_gradient(spec, tiles, keep, active, share, e, c, bias, vectors, s
     if filtering and spec.filter_embeddings:
         sums = _product((~keep).T.astype(jnp.float32), _tile_sums(spec, tiles, c))
         edges = jnp.stack([sums, jnp.broadcast_to(edges[0, 1:], sums.shape)], 1)
-    outputs = {"de": (_like(e, e.shape, kernel_dtype(spec.dtypes[0])), pl.BlockSpec((tiles.rows, width), _outer))}
+    outputs = {"de": (output_like(e, e.shape, kernel_dtype(spec.dtypes[0])), pl.BlockSpec((tiles.rows, width), _outer))}
     if filtering and spec.filter_classifier:
-        shape = _like(e, (tiles.row_tiles, 1, width), jnp.float32)
+        shape = output_like(e, (tiles.row_tiles, 1, width), jnp.float32)
         outputs["pull"] = shape, pl.BlockSpec((None, 1, width), lambda i, *_: (i, 0, 0))
     per_tile = edges.shape[0] > 1
     results = pl.pallas_call(
@@ -318,10 +319,10 @@ def _classifier_gradient(spec, tiles, keep, active, base, e, c, bias, vectors, s
     if not spec.filter_classifier:
         keep = jnp.broadcast_to(active[None], keep.shape)
     order, steps = lists(keep)
-    outputs = {"dc": (_like(e, c.shape, kernel_dtype(spec.dtypes[1])), _classifier_block(spec, tiles, c, _first))}
+    outputs = {"dc": (output_like(e, c.shape, kernel_dtype(spec.dtypes[1])), _classifier_block(spec, tiles, c, _first))}
     if bias:
         outputs["db"] = (
-            _like(e, (1, tiles.vocabulary), jnp.float32),
+            output_like(e, (1, tiles.vocabulary), jnp.float32),
             pl.BlockSpec((1, tiles.columns), lambda j, *_: (0, j)),
         )
     per_tile = base.shape[0] > 1
@@ -517,7 +518,7 @@ def _tile_sums(spec, tiles, c):
 
     return pl.pallas_call(
         kernel,
-        out_shape=_like(c, (tiles.column_tiles, 1, width), jnp.float32),
+        out_shape=output_like(c, (tiles.column_tiles, 1, width), jnp.float32),
         grid=(tiles.column_tiles,),
         in_specs=[_classifier_block(spec, tiles, c, _first)],
         out_specs=pl.BlockSpec((None, 1, width), lambda j: (j, 0, 0)),
@@ -567,11 +568,6 @@ def _bias(tiles, b):
 
 def _bias_blocks(tiles, bias, index):
     return [pl.BlockSpec((1, tiles.columns), lambda *grid: (0, index(*grid)))] * len(bias)
-
-
-def _like(x, shape, dtype):
-    """The shape of an output that varies over the same mesh axes as x."""
-    return jax.eval_shape(lambda x: jnp.zeros_like(x, dtype, shape=shape), x)
 
 
 def _bytes(x):
