@@ -378,10 +378,11 @@ def _run_executor(config: Config, run: cli.Run, devices):
     import jax
 
     from jaxskip import training
-    from jaxskip.pipeline import STAGE_RULES, Costs, Topology, compile_table, pipelined_loss, plan, stage_mesh
+    from jaxskip.pipeline import STAGE_RULES, Topology, compile_table, pipelined_loss, stage_mesh
 
     topology = Topology([[0, 1], [2, 3], [4, 5], [6, 7]])
-    paths = plan(topology, Costs(np.zeros((8, 8)), 1.0), 3, 8, restarts=20, seed=config.seed)
+    # Not planned: between nodes that are all alike, a plan with memory to spare may leave out a stage for good.
+    paths = [(0, 2, 4), (1, 5, 7), (0, 4, 2), (1, 3, 7), (0, 4, 6), (1, 7, 5), (0, 2, 6), (1, 3, 5)]
     model, tx = _small_model(config), training.make_optimizer("adamw", config.learning_rate)
     mesh, single = stage_mesh(topology, devices), training.make_mesh(devices=devices[:1])
     grads, losses, milliseconds = [], [], []
