@@ -30,7 +30,9 @@ def plan(
 
     The microbatches of an origin that are under way at a time, ``topology.memory`` of them or fewer, get paths
     together; later ones take the same paths again in turn. No node is on more than ``topology.memory`` of these paths,
-    so that none waits for memory.
+    so that none waits for memory. Where they do not fill it, the slowest nodes are on none of them, and where nodes are
+    alike even a whole stage may be, which then is not trained: with stages by `balanced_sizes` and a multiple of
+    ``topology.memory`` microbatches an origin, all are visited equally often.
 
     Args:
       topology, costs: N nodes and their times.
