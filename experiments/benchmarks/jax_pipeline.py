@@ -156,7 +156,7 @@ def _costs(asked: dict, devices: list, network: Network, stage_counts: set[int])
 
         def operation(stage, embed, head, x, sums):
             functions = network.stage_fn, network.embed_fn, network.head_loss_fn
-            return execute._operations(*functions, stage, embed, head, tokens, targets)[kind](x, x, 0, sums)
+            return execute.node_operations(*functions, stage, embed, head, tokens, targets)[kind](x, x, 0, sums)
 
         return jax.jit(operation, donate_argnums=4).lower(*operands(stages), x, sums(stages))
 
