@@ -367,7 +367,7 @@ class Block(nn.Module):
             return x_BxTxD + self.mlp(x_BxTxD, _inverse_rms(self.config, x_BxTxD))
         return x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD))
 
-    def __call__(self, x_BxTxD, layer_scale, rotary, segments, skip):
+    def __call__(self, x_BxTxD, layer_scale, rotary, segments=None, skip=None):
         q, k, v = self.heads(x_BxTxD, layer_scale, rotary)
         out = causal_attention(self.config, q, k, v, segments=segments, skip=skip)
         return self.feed_forward(self.attended(x_BxTxD, out)), None

@@ -351,7 +351,7 @@ def _total(spec, e, c, b, weights, target):
 
 
 def _total_forward(spec, e, c, b, weights, target):
-    run = _undifferentiated(spec, _module(spec).forward_backward)
+    run = dispatch.once_differentiated(spec, _module(spec).forward_backward)
     loss, labels, gradients = run(e, c, b, weights, target)
     return ((weights * loss).sum(), labels), (loss, gradients)
 
