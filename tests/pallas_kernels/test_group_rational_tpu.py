@@ -102,7 +102,8 @@ print(json.dumps({"found": found, "refusal": dispatch.mosaic_tpu_refusal(devices
 @pytest.mark.tpu_aot
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_compiled_for_real_tpus_memory_is_that_of_the_sums(topology, record_property):
-    """The default there. Temporaries: the table, and its gradient by part and sublane (0.5 MB at 768 channels).
+    """The default there. Temporaries: the table, its gradient by part and sublane (0.5 MB at 768
+    channels), and 512 KiB for small operands that the compiler keeps nearer (v5p).
 
     197 rows are no whole registers: XLA hands x over in an order of its own, and the kernel's costs one copy of each
     operand and result, but no more.
@@ -123,5 +124,5 @@ def test_compiled_for_real_tpus_memory_is_that_of_the_sums(topology, record_prop
         assert is_kernel
         channels = max(shape[-1], 128)
         copy = 2 * 8 * 208 * 768 if shape[-2] == 197 else 0
-        assert forward <= 2 * copy + 32 * 4 * channels + 2**17
-        assert backward <= 3 * copy + (2 * 16 * 8 + 64) * 4 * channels + 2**17
+        assert forward <= 2 * copy + 32 * 4 * channels + 2**19
+        assert backward <= 3 * copy + (2 * 16 * 8 + 64) * 4 * channels + 2**19

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import re
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -13,6 +14,7 @@ from pallas_kernels.group_rational import group_rational, triton
 from pallas_kernels.group_rational.reference import Spec
 from tests.aot import A100, GPU, L4, T4, compile_in_a_process, needs_cuda_plugin
 from tests.pallas_kernels.test_group_rational import CASES, both_passes, check, problem
+from tests.pallas_kernels.test_triton import gpu
 
 # Runs the public operation with the kernel in Triton's interpreter, on NumPy arrays that look like PyTorch's to it.
 INTERPRETED = """
@@ -128,14 +130,14 @@ print(json.dumps({"temporary": temporary, "kernels": kernels}))
 @needs_cuda_plugin
 @pytest.mark.skipif(importlib.util.find_spec("jax_triton") is None, reason="needs jax-triton")
 @pytest.mark.parametrize(
-    ("gpu", "capability", "dtype"),
+    ("target", "capability", "dtype"),
     [(T4, "75", "float16"), (T4, "75", "bfloat16"), (A100, "80", "bfloat16"), (A100, "80", "float32"),
      (L4, "89", "float16")],
     ids=["T4-f16", "T4-bf16", "A100-bf16", "A100-f32", "L4-f16"],
 )  # fmt: skip
-def test_compiles_without_spills_or_atomics(gpu, capability, dtype, record_property):
+def test_compiles_without_spills_or_atomics(target, capability, dtype, record_property):
     """Memory: what the programs found, 10 numbers a channel from at most 2048 / 6 of them, and 10 KB of XLA's."""
-    found = compile_in_a_process(COMPILED, gpu, *capability, dtype, environment=GPU)
+    found = compile_in_a_process(COMPILED, target, *capability, dtype, environment=GPU)
     record_property("found", found)
     print(found)
     assert len(found["kernels"]) == 4
@@ -155,3 +157,13 @@ def test_on_a_gpu_the_kernel_gives_the_formulas(case, dtype):
     got, again = both_passes(op, *arguments), both_passes(op, *arguments)
     check(got, *arguments)
     assert all((first == second).all() for first, second in zip(got, again, strict=True))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_triton") is not None, reason="jax-triton is installed")
+@pytest.mark.parametrize("device", ["NVIDIA A100-SXM4-40GB", "Tesla T4"])
+def test_without_jax_triton_the_next_implementation_is_taken(device):
+    x, a, b, _ = problem((4, 8), (1, 8), (5, 4))
+    with gpu(device):
+        with pytest.raises(NotImplementedError, match=r"jax-triton 0\.3\.1 and triton 3\.6 .* is not installed"):
+            group_rational(x, a, b, implementation="triton")
+        assert "triton" not in str(jax.make_jaxpr(lambda: group_rational(x, a, b))())
