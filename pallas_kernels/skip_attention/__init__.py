@@ -78,7 +78,8 @@ def attention(
         [B, T, Hq, d] in the dtype of q, or that and the log-sum-exp [B, Hq, T] in float32 (float64 for float64).
         Softmax and sums in float32. Gradients have their inputs' dtypes. Lengths, segments, ``active`` and the mask of
         ``skip`` may be traced: others of the same shape compile nothing anew; NumPy ones are listed while tracing.
-        Reverse mode works for every implementation, forward mode for "reference". Heads or sequences that are sharded
+        Reverse mode works for every implementation, forward mode over it (``jax.jvp(jax.grad(...))``) for "chunked"
+        and "reference", forward mode alone for "reference". Heads or sequences that are sharded
         belong inside ``jax.shard_map``.
 
     Raises:
@@ -216,7 +217,7 @@ def _without_derivative(spec, q, k, v, lists, places):
 
 
 def _attention_forward(spec, q, k, v, lists, places):
-    out, lse = _attention(spec, q, k, v, lists, places)
+    out, lse = _run(spec, "forward")(q, k, v, lists[0], places)
     return (out, lse), (q, k, v, lists, places, out, lse)
 
 
@@ -232,21 +233,13 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _run(spec: Spec, name: str) -> Any:
-    """``forward`` or ``backward`` of the arrays; a kernel refuses to be differentiated and says why."""
-    f = functools.partial(getattr(_module(spec), name), spec)
-    if spec.implementation == "chunked":
-        return f
+    """``forward`` or ``backward`` of the arrays."""
+    f = getattr(_module(spec), name)
 
-    def refuse(*_):
-        raise NotImplementedError(
-            f"implementation={spec.implementation!r} has first derivatives only; "
-            "implementation='reference' has second ones"
-        )
+    def looped(spec, *operands):  # a kernel's operands in HBM cannot be mapped: under jax.vmap, a loop
+        return jax.custom_batching.sequential_vmap(functools.partial(f, spec))(*operands)
 
-    # A kernel's operands in HBM cannot be mapped: under jax.vmap, a loop.
-    kernel = jax.custom_jvp(jax.custom_batching.sequential_vmap(f))
-    kernel.defjvp(refuse)
-    return kernel
+    return dispatch.once_differentiated(spec, f if spec.implementation == "chunked" else looped)
 
 
 def _module(spec: Spec) -> ModuleType:
