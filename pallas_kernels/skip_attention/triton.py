@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import jax_triton_call
 from pallas_kernels.dispatch import Target
-from pallas_kernels.linear_cross_entropy import _same_manual_axes
 from pallas_kernels.linear_cross_entropy import triton as others
 from pallas_kernels.skip_attention.reference import Places, Spec, Visits
 
@@ -69,8 +69,6 @@ def backward(
 
 def _call(spec, kernel, operands, lists, places, extra, outputs, heads, block, length):
     """The outputs [(shape, dtype), ...] of a kernel with a program for each ``block`` of ``length`` and each head."""
-    import jax_triton  # optional, and its import changes the environment
-
     for name, size in (("queries", spec.block_q), ("keys", spec.block_kv)):
         if size & (size - 1) or not 16 <= size <= 128:
             raise ValueError(
@@ -81,18 +79,14 @@ def _call(spec, kernel, operands, lists, places, extra, outputs, heads, block, l
     numbers = jnp.stack([jnp.asarray(x, jnp.int32) for x in places[:3]])
     segments = places[3:] if spec.segmented else (numbers, numbers)
     lowest, highest = spec.reach
-    results = jax_triton.triton_call(
-        *operands,
-        *lists,
-        numbers,
-        *segments,
-        *extra,
-        kernel=kernel,
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in outputs],
+    return jax_triton_call.call(
+        kernel,
+        (*operands, *lists, numbers, *segments, *extra),
+        outputs,
+        spec,
         grid=(-(-length // block), q.shape[0] * heads),
         num_warps=8 if spec.block_q * spec.block_kv > 64 * 64 else 4,
         num_stages=2,
-        compute_capability=10 * spec.target.compute_capability[0] + spec.target.compute_capability[1],
         BATCH=q.shape[0],
         QUERIES=q.shape[1],
         KEYS=k.shape[1],
@@ -112,7 +106,6 @@ def _call(spec, kernel, operands, lists, places, extra, outputs, heads, block, l
         HIGHEST=2**30 if highest is None else highest,
         SEGMENTED=spec.segmented,
     )
-    return _same_manual_axes((results, q))[0]  # jax-triton does not say over which mesh axes its results vary
 
 
 @_jit
