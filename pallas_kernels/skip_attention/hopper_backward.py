@@ -62,7 +62,7 @@ def query_gradient(spec: Spec, q, k, v, do, lse2, less, lists, masks: hopper_til
             lse, less_rows = (hopper.rows(x.at[b, h, pl.ds(first_q, hopper.ROWS)]) for x in (lse_g, less_g))
 
             def part(t, dq, masking):
-                block = lists.block(b, h, row, lax.div(t, parts)) if masking else None
+                block = lists.block(b, h, row, lax.div(t, parts)) if masking else 0
                 less = hopper.across(less_rows, _ACC)
                 kept = hopper.opaque(resident_slot), my_rows
 
@@ -127,7 +127,9 @@ def key_gradients(spec: Spec, q, k, v, do, lse2, less, lists, masks: hopper_tile
         (q_g, k_g, v_g, do_g, lse_g, less_g, masks, *dq_g), (dk_g, dv_g) = inputs, outputs
         q_s, k_s, v_s, do_s, lse_s, less_s = (shared[name] for name in ("q_s", "k_s", "v_s", "do_s", "lse_s", "less_s"))
         own = pl.ds(turns.group * hopper.ROWS, hopper.ROWS)
-        queries = _Queries(dq_g[0], shared["dq_s"], shared["ds_s"], shared["ds_full"], turns.group) if dq_g else None
+        queries: Any = (
+            _Queries(dq_g[0], shared["dq_s"], shared["ds_s"], shared["ds_full"], turns.group) if dq_g else None
+        )
 
         def part_of(block, t):
             return block * parts + lax.rem(t, parts)
@@ -193,7 +195,7 @@ def key_gradients(spec: Spec, q, k, v, do, lse2, less, lists, masks: hopper_tile
                 def part(t, carry, masking):
                     dk, dv, *last = carry
                     kept = hopper.opaque(slot)
-                    block = lists.block(tile.b, h, tile.row, lax.div(t, parts)) if masking or queries else None
+                    block = lists.block(tile.b, h, tile.row, lax.div(t, parts)) if masking or queries else 0
 
                     def masked(s):
                         if not masking:

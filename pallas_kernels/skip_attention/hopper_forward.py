@@ -74,7 +74,7 @@ def run(spec: Spec, q, k, v, lists, masks: hopper_tiles.Masks):
                 turns.take()
                 plgpu.wgmma(s_acc, q_s.at[hopper.opaque(mine[0]), mine[1]], hopper.transposed(k_s.at[slot]))
 
-            def finish(t, s_acc, pending):
+            def finished(t, s_acc, pending):
                 """The products that ``start`` started; ``pending`` later ones may still be on their way."""
                 turns.give()
                 s = hopper.products(s_acc, pending)
@@ -87,7 +87,7 @@ def run(spec: Spec, q, k, v, lists, masks: hopper_tiles.Masks):
 
                 def products(s_acc):
                     start(0, s_acc)
-                    return finish(0, s_acc, 0)
+                    return finished(0, s_acc, 0)
 
                 p, top, total, _ = softmax(pl.run_scoped(products, s_acc), top, total, block)
                 return out, p.astype(q.dtype), top, total
@@ -101,7 +101,7 @@ def run(spec: Spec, q, k, v, lists, masks: hopper_tiles.Masks):
                     slot = rings["v"].wait(step + t - 1)
 
                     def meanwhile():
-                        found = softmax(finish(t, s_acc, 1), top, total, block)
+                        found = softmax(finished(t, s_acc, 1), top, total, block)
                         # Nobody reads it: it keeps the compiler from waiting for the product first.
                         hopper.store(pin_s.at[turns.group], found[2])
                         return found
@@ -132,6 +132,7 @@ def run(spec: Spec, q, k, v, lists, masks: hopper_tiles.Masks):
             unmasked, masked = ({"masking": value} for value in (False, True))
             carry = lax.fori_loop(0, start_full, functools.partial(first, **unmasked), carry)
             carry = lax.fori_loop(start_full, start_any, functools.partial(first, **masked), carry)
+            pl.when(i > 0)(lambda: finish(i))  # by now the output of the tile before has left
             carry = lax.fori_loop(start_full, full, functools.partial(following, **unmasked), carry)
             carry = lax.fori_loop(jnp.maximum(full, start_any), count, functools.partial(following, **masked), carry)
             out, p, top, total = carry
@@ -142,11 +143,13 @@ def run(spec: Spec, q, k, v, lists, masks: hopper_tiles.Masks):
             q_s[mine] = out.astype(q.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_s.at[mine], o_g.at[b, pl.ds(first_q, hopper.ROWS), h])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            rings["q"].release(i)
             return step + count
 
-        return load, compute
+        def finish(tiles):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            rings["q"].release(tiles - 1)
+
+        return load, compute, finish
 
     outputs = [
         jax.ShapeDtypeStruct(q.shape, q.dtype),

@@ -171,7 +171,8 @@ def launch(work: Schedule, groups: int, make, operands, lists: Lists, outputs, s
     ``make(inputs, lists, outputs, shared, rings, turns)``, of references to ``operands`` (a tree), ``outputs`` (a list)
     and ``shared`` (a dict), a ``Ring`` for each of ``rings`` (name: (slots, copies at a time)) and ``Turns``, returns
     ``load(i, tile, step)`` and ``compute(i, tile, step)``: what the two sides do for the i-th ``Tile`` of a thread
-    block, where ``step`` counts up from 0 and is what the tile before returned.
+    block, where ``step`` counts up from 0 and is what the tile before returned; then perhaps ``finish(tiles)``, what
+    ``compute`` leaves to be done in the end.
     """
     flat, tree = jax.tree.flatten((operands, lists))
     registers = _REGISTERS[groups]
@@ -181,7 +182,7 @@ def launch(work: Schedule, groups: int, make, operands, lists: Lists, outputs, s
         ring = {name: Ring(scratch.pop(f"{name}_full"), scratch.pop(f"{name}_empty"), rings[name][0]) for name in rings}
         group = lax.axis_index("group")
         turns = Turns(scratch.pop("turn"), group, groups)
-        load, compute = make(inputs, lists, refs[len(flat) :], scratch, ring, turns)
+        load, compute, *finish = make(inputs, lists, refs[len(flat) :], scratch, ring, turns)
 
         def all_tiles(handle):
             tiles, tile_at = my_tiles(work, lists)
@@ -192,6 +193,7 @@ def launch(work: Schedule, groups: int, make, operands, lists: Lists, outputs, s
                 return handle(i, tile, step), following
 
             lax.fori_loop(0, tiles, each, (jnp.int32(0), tile_at(jnp.int32(0))))
+            return tiles
 
         def all_slots(use):
             for each in ring.values():
@@ -211,7 +213,9 @@ def launch(work: Schedule, groups: int, make, operands, lists: Lists, outputs, s
                 plgpu.set_max_registers(registers[0], action="increase")
             all_slots(plgpu.barrier_arrive)
             pl.when(group == groups - 1)(turns.give)
-            all_tiles(compute)
+            tiles = all_tiles(compute)
+            for each in finish:
+                each(tiles)
             pl.when(group == 0)(turns.take)
 
     barriers = {"turn": plgpu.Barrier(num_barriers=groups)}
@@ -254,11 +258,14 @@ def masks(spec: Spec, places: Places, queries: int, keys: int) -> Masks:
     def blocks(segments, size):
         return jnp.pad(jnp.asarray(segments, jnp.int32), ((0, 0), (0, -segments.shape[1] % size)))
 
-    lengths = [jnp.asarray(x, jnp.int32) for x in places[:3]]
-    place = jnp.arange(max(queries + spec.block_q, keys + spec.block_kv), dtype=jnp.int32)
-    if not spec.segmented:
-        return Masks(*lengths, place, None, None)
-    return Masks(*lengths, place, blocks(places.q_segments, spec.block_q), blocks(places.kv_segments, spec.block_kv))
+    return Masks(
+        q_len=jnp.asarray(places.q_len, jnp.int32),
+        kv_len=jnp.asarray(places.kv_len, jnp.int32),
+        offset=jnp.asarray(places.offset, jnp.int32),
+        place=jnp.arange(max(queries + spec.block_q, keys + spec.block_kv), dtype=jnp.int32),
+        q_segments=blocks(places.q_segments, spec.block_q) if spec.segmented else None,
+        kv_segments=blocks(places.kv_segments, spec.block_kv) if spec.segmented else None,
+    )
 
 
 def mask(spec: Spec, s, masks: Masks, b, first_q, first_kv, query_axis):

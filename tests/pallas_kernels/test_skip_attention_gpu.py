@@ -23,8 +23,7 @@ interpreted = pytest.mark.skipif(
 
 @pytest.fixture
 def interpreter(monkeypatch):
-    """One multiprocessor, which has all tiles: several would race where dq is summed, the interpreter having no copies
-    that add. Other races raise."""
+    """Few multiprocessors, so that each has several tiles; races raise."""
 
     def add_to(target, source):
         target[...] = target[...] + source[...]
@@ -39,7 +38,7 @@ def interpreter(monkeypatch):
     monkeypatch.setattr(hopper, "start_from", lambda acc, value: None)
     monkeypatch.setattr(hopper, "sum_from", lambda acc, value, pending=0: acc[...] + value)
     monkeypatch.setattr(hopper, "add_to", add_to)
-    monkeypatch.setattr(hopper, "MULTIPROCESSORS", 1)
+    monkeypatch.setattr(hopper, "MULTIPROCESSORS", 2)
     jax.clear_caches()
 
     @contextlib.contextmanager
@@ -142,7 +141,9 @@ CASES = {
 @interpreted
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_interpreted_kernels_equal_the_definition(case, interpreter):
+def test_interpreted_kernels_equal_the_definition(case, interpreter, monkeypatch):
+    if CASES[case].get("width") == 128:  # one pass: where dq is summed, two would race, as copies that add do not
+        monkeypatch.setattr(hopper, "MULTIPROCESSORS", 1)
     spec, operands, cotangents, lists, places, seen = problem(**CASES[case])
     with interpreter():
         got = run(spec, operands, cotangents, lists, places)
