@@ -390,15 +390,16 @@ def causal_attention(
     """
     leaves_out = not (segments is None and skip is None and active is None)
     if config.attention == "skip" or (config.attention is None and leaves_out):
-        return skip_attention(
+        out: Any = skip_attention(
             q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, is_causal=True, q_segment_ids=segments, kv_segment_ids=segments, skip=skip,
             active=active,
         )  # fmt: skip
+        return out
     if leaves_out:
         raise ValueError(
             f'attention is {config.attention!r} and leaves nothing out; segments, skip and active need "skip" or None'
         )
-    implementation = attention_implementation(config)
+    implementation: Any = attention_implementation(config)
     return jax.nn.dot_product_attention(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, is_causal=True, implementation=implementation)
 
 

@@ -123,7 +123,7 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        normal = nn.initializers.normal(0.02)
+        normal: Any = nn.initializers.normal(0.02)
         qkv_init, out_init = normal, normal
         if self.mimetic:
             # Both matrices come from one product, so that both maps draw it from the same key.

@@ -91,7 +91,8 @@ def decoder_functions(config: DecoderConfig, **options: Any) -> tuple[StageFn, E
     def head_loss_fn(head, x_BxTxD, targets_BxT):
         states = decoder.final_states(head, config, x_BxTxD)
         matrix, layout = classifier(head, config)
-        return linear_cross_entropy(states, matrix, targets_BxT, classifier_layout=layout, **options)
+        loss: Any = linear_cross_entropy(states, matrix, targets_BxT, classifier_layout=layout, **options)
+        return loss
 
     return stage_fn, embed_fn, head_loss_fn
 

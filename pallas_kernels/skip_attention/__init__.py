@@ -152,7 +152,8 @@ def work_done(
         >>> done["blocks_visited"], done["blocks_total"]
         (10, 16)
     """
-    q, k = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (q_shape, kv_shape))
+    q: Any = jax.ShapeDtypeStruct(q_shape, jnp.bfloat16)
+    k: Any = jax.ShapeDtypeStruct(kv_shape, jnp.bfloat16)
     places = inputs.places(q, k, query_seq_lengths, key_value_seq_lengths, active, q_segment_ids, kv_segment_ids)
     segmented = q_segment_ids is not None
     spec = inputs.spec("reference", q, k, skip, is_causal, local_window_size, segmented, None, None, block_sizes)

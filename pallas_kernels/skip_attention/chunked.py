@@ -164,7 +164,7 @@ def _visits(lists: Visits, unit: jax.Array, block: jax.Array, seen, visit, carry
     return jax.lax.fori_loop(full, count, lambda t, carry: visit(index[t], seen(index[t]), carry), carry)
 
 
-def _each_block(f, shape: tuple[int, int]):
+def _each_block(f, shape):
     """f(unit, block) for all of them, one after the other, stacked [units, blocks, ...]."""
     results = jax.lax.map(lambda n: f(n // shape[1], n % shape[1]), jnp.arange(shape[0] * shape[1]))
     return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), results)

@@ -99,7 +99,8 @@ def backward(
     # A query that sees nothing has probabilities exp(score - inf) = 0.
     statistics = jnp.where(lse == -jnp.inf, -_LOWEST, lse), delta
     dq = _query_gradient(call, q, k, v, rows, places, statistics, g)
-    return dq, *_key_gradients(call, q, k, v, columns, places, statistics, g)
+    dk, dv = _key_gradients(call, q, k, v, columns, places, statistics, g)
+    return dq, dk, dv
 
 
 def _query_gradient(call, q, k, v, rows, places, statistics, g):

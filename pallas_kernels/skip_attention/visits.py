@@ -67,7 +67,7 @@ def block_kinds(spec: Spec, places: Places, queries: int, keys: int, block_mask:
 
 def listed(kinds: Any, most: int) -> Visits:
     """The lists of the rows of ``kinds`` [Bm, Hm, rows, columns], none of which has more than ``most`` entries."""
-    xp = np if isinstance(kinds, np.ndarray) else jnp
+    xp: Any = np if isinstance(kinds, np.ndarray) else jnp
     columns = kinds.shape[-1]
     count, full = ((kinds >= kind).sum(-1).astype(np.int32) for kind in (PARTIAL, FULL))
     if xp is np:
