@@ -116,11 +116,6 @@ class DecoderConfig:
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
-    def norms_folded(self) -> bool:
-        """Whether the layers' norms have no weights of their own: they are part of the matrices that follow."""
-        return self.fused and self.norm == "rmsnorm"
-
-    @property
     def head_width(self) -> int:
         """K."""
         return self.embed_dim // self.num_heads if self.head_dim is None else self.head_dim
@@ -216,11 +211,6 @@ def _norm(config: DecoderConfig, name: str | None = None) -> nn.Module:
     return nn.remat(nn.LayerNorm)(use_bias=config.use_bias, **style)
 
 
-def _inverse_rms(config: DecoderConfig, x_BxTxD) -> jax.Array:
-    """What RMS normalisation multiplies each token with, but for its weights: float32 [B, T]."""
-    return jax.lax.rsqrt(jnp.mean(jnp.square(x_BxTxD.astype(jnp.float32)), axis=-1) + config.norm_eps)
-
-
 class _OutputsFirst(nn.Module):
     """A dense layer whose matrix lies [*features, I] in memory: an output is the sum over one unbroken row.
 
@@ -235,16 +225,10 @@ class _OutputsFirst(nn.Module):
     kernel_init: Any
 
     @nn.compact
-    def __call__(self, x, scale=None):
-        """The layer of `scale` * x, `scale` [B, T] in float32, which multiplies the sums instead of x."""
+    def __call__(self, x):
         kernel = self.param("transposed", self.kernel_init, (*self.features, x.shape[-1]), self.param_dtype)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        contracted = (((x.ndim - 1,), (kernel.ndim - 1,)), ((), ()))
-        if scale is None:
-            out = jax.lax.dot_general(x, kernel, contracted)
-        else:
-            out = jax.lax.dot_general(x, kernel, contracted, preferred_element_type=jnp.float32)
-            out = (out * jnp.expand_dims(scale, range(scale.ndim, out.ndim))).astype(self.dtype)
+        out = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (kernel.ndim - 1,)), ((), ())))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, self.features, self.param_dtype)
             out += jnp.broadcast_to(bias.astype(self.dtype), out.shape)
@@ -289,12 +273,12 @@ class Attention(nn.Module):
             self.value = _projection(c, c.kv_heads * c.head_width, use_bias=c.qkv_bias)
         self.out = _projection(c, c.embed_dim, residual=True)
 
-    def heads(self, x_BxTxD, layer_scale, rotary, norm_BxT=None):
-        """Queries [B, T, H, K], keys and values [B, T, G, K], positions applied; `norm` is a factor of x."""
+    def heads(self, x_BxTxD, layer_scale, rotary):
+        """Queries [B, T, H, K], keys and values [B, T, G, K], positions applied."""
         c = self.config
         shape = (*x_BxTxD.shape[:2], -1, c.head_width)
         if c.fused:
-            qkv = self.qkv(x_BxTxD, norm_BxT)  # pyright: ignore[reportCallIssue]
+            qkv = self.qkv(x_BxTxD)
             q, k, v = (x.reshape(shape) for x in jnp.split(qkv, (qkv.shape[3] - 2, qkv.shape[3] - 1), axis=3))
         else:
             q, k, v = (project(x_BxTxD).reshape(shape) for project in (self.query, self.key, self.value))
@@ -323,13 +307,12 @@ class FeedForward(nn.Module):
                 self.gate = _projection(c, c.mlp_width)
         self.down = _projection(c, c.embed_dim, residual=True)
 
-    def __call__(self, x_BxTxD, norm_BxT=None):
+    def __call__(self, x_BxTxD):
         c = self.config
-        norm = () if norm_BxT is None else (norm_BxT,)
         if c.activation == "gelu":
-            hidden = _gelu(self.up(x_BxTxD, *norm))
+            hidden = _gelu(self.up(x_BxTxD))
         elif c.fused:
-            hidden = _swiglu(*jnp.unstack(self.gate_up(x_BxTxD, *norm), axis=2))
+            hidden = _swiglu(*jnp.unstack(self.gate_up(x_BxTxD), axis=2))
         else:
             hidden = _swiglu(self.gate(x_BxTxD), self.up(x_BxTxD))
         return self.down(hidden)
@@ -346,15 +329,13 @@ class Block(nn.Module):
 
     def setup(self):
         c = self.config
-        if not c.norms_folded:
-            self.attention_norm, self.mlp_norm = _norm(c), _norm(c)
+        self.attention_norm = _norm(c)
         self.attention = Attention(c)
+        self.mlp_norm = _norm(c)
         self.mlp = FeedForward(c)
 
     def heads(self, x_BxTxD, layer_scale, rotary):
         """What attention works on: queries [B, T, H, K], keys and values [B, T, G, K]."""
-        if self.config.norms_folded:
-            return self.attention.heads(x_BxTxD, layer_scale, rotary, _inverse_rms(self.config, x_BxTxD))
         return self.attention.heads(self.attention_norm(x_BxTxD), layer_scale, rotary)
 
     def attended(self, x_BxTxD, out_BxTxHxK):
@@ -363,8 +344,6 @@ class Block(nn.Module):
 
     def feed_forward(self, x_BxTxD):
         """The residual stream after the feed-forward block."""
-        if self.config.norms_folded:
-            return x_BxTxD + self.mlp(x_BxTxD, _inverse_rms(self.config, x_BxTxD))
         return x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD))
 
     def __call__(self, x_BxTxD, layer_scale, rotary, segments=None, skip=None):
@@ -521,9 +500,7 @@ def classifier(params, config: DecoderConfig) -> tuple[jax.Array, Literal["vd", 
 def fuse_projections(params, config: DecoderConfig) -> tuple[Any, DecoderConfig]:
     """The same network with `config.fused`, which decodes faster: fewer, larger products and unbroken rows.
 
-    Query, key and value become one matrix [G, H / G + 2, K, D], gate and up [2, F, D]; the others are transposed. The
-    weights of RMS norms are multiplied into the matrices that follow them (rounded once more in `param_dtype`), so that
-    a norm is one number a token.
+    Query, key and value become one matrix [G, H / G + 2, K, D], gate and up [2, F, D]; the others are transposed.
     Adapters (`jaxskip.nn.merge_lora`) are merged before, and files are saved from the unfused parameters.
 
     >>> model = Decoder(decoder_config("gpt2-tiny"))
@@ -545,19 +522,13 @@ def fuse_projections(params, config: DecoderConfig) -> tuple[Any, DecoderConfig]
         gate, up = mlp.pop("gate"), mlp.pop("up")
         mlp["gate_up"] = jax.tree.map(lambda *x: jnp.stack(x, axis=-2), gate, up)
 
-    fused, layers = dataclasses.replace(config, fused=True), dict(params["layers"])
-    norms = [layers.pop(name)["scale"] for name in ("attention_norm", "mlp_norm")] if fused.norms_folded else [None] * 2
+    def outputs_first(projection):  # kernel [L, I, *features] -> [L, *features, I]
+        kernel = projection.pop("kernel")
+        return {**projection, "transposed": jnp.moveaxis(kernel, 1, -1)}
 
-    def outputs_first(name, projection, norm):  # kernel [L, I, *features] -> [L, *features, I]
-        kernel = jnp.moveaxis(projection.pop("kernel"), 1, -1)
-        if norm is not None and name not in ("out", "down"):
-            wide = kernel.astype(jnp.float32) * jnp.expand_dims(norm, range(1, kernel.ndim - 1))
-            kernel = wide.astype(kernel.dtype)
-        return {**projection, "transposed": kernel}
-
-    for name, block, norm in zip(("attention", "mlp"), (attention, mlp), norms, strict=True):
-        layers[name] = {part: outputs_first(part, {**x}, norm) for part, x in block.items()}
-    return {**params, "layers": layers}, fused
+    attention, mlp = ({name: outputs_first({**x}) for name, x in block.items()} for block in (attention, mlp))
+    layers = {**params["layers"], "attention": attention, "mlp": mlp}
+    return {**params, "layers": layers}, dataclasses.replace(config, fused=True)
 
 
 # Parameter path -> how its axes lie on the mesh. Layers are stacked, so the first axis of "layers/..." is L.

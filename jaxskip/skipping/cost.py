@@ -25,7 +25,7 @@ def block_bytes(params, config: decoder.DecoderConfig) -> tuple[int, int, int]:
     share = 1 if isinstance(layers, tuple) else config.num_layers
     layer = layers[0] if isinstance(layers, tuple) else layers
     attention, feed_forward = (
-        sum(_nbytes(x) for name in names for x in jax.tree.leaves(layer.get(name))) // share
+        sum(_nbytes(x) for name in names for x in jax.tree.leaves(layer[name])) // share
         for names in (("attention_norm", "attention"), ("mlp_norm", "mlp"))
     )
     head = params["embed"]["embedding"] if config.tie_embeddings else params["head"]
