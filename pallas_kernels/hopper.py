@@ -24,11 +24,13 @@ def transposed(ref):
 
 
 def load(ref, layout):
+    """The numbers at ``ref``, spread over a warpgroup as ``layout`` says."""
     index = ((),) if BEFORE_0_11 else ()
     return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 
 def store(ref, value):
+    """Writes a value of any layout to ``ref``."""
     if hasattr(plgpu, "store"):
         plgpu.store(ref, value, optimized=False)
     else:

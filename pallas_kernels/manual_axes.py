@@ -16,6 +16,7 @@ def same_manual_axes(tree: Any) -> Any:
 
 
 def varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """x, said to vary over ``axes`` too."""
     missing = tuple(axes - manual_axes(x))
     if not missing:
         return x
@@ -23,6 +24,7 @@ def varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
 
 
 def manual_axes(x: jax.Array) -> frozenset[str]:
+    """The axes over which x varies."""
     kind = jax.typeof(x)
     return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
 

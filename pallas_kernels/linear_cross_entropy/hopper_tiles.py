@@ -102,6 +102,7 @@ def run(spec, named, tile_at, count, compute, e_s, c_s, full, empty, lead, rows_
 
 
 def pipeline(spec: Spec, rows_last: bool = False) -> dict[str, Any]:
+    """The shared memory and barriers that ``run`` needs."""
     e_shape = (_DEPTH, ROWS) if rows_last else (ROWS, _DEPTH)
     c_shape = (COLUMNS, _DEPTH) if spec.classifier_layout == "vd" else (_DEPTH, COLUMNS)
     return {
@@ -114,6 +115,7 @@ def pipeline(spec: Spec, rows_last: bool = False) -> dict[str, Any]:
 
 
 def kernel(body, outputs, scratch, blocks):
+    """A kernel of ``blocks`` thread blocks whose ``body`` calls ``run``."""
     return plgpu.kernel(
         body,
         out_type=outputs,
@@ -147,6 +149,7 @@ def operands(spec, e, c, rows_last=False):
 
 
 def padded(x, multiples):
+    """x with zeros up to multiples of these sizes."""
     return jnp.pad(x, [(0, -size % multiple) for size, multiple in zip(x.shape, multiples, strict=True)])
 
 

@@ -255,6 +255,8 @@ class Masks(NamedTuple):
 
 
 def masks(spec: Spec, places: Places, queries: int, keys: int) -> Masks:
+    """``places`` as the kernels read them: 32 bits, segments in whole blocks."""
+
     def blocks(segments, size):
         return jnp.pad(jnp.asarray(segments, jnp.int32), ((0, 0), (0, -segments.shape[1] % size)))
 

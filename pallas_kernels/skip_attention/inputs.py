@@ -19,6 +19,7 @@ _BLOCKS = {"mosaic_tpu": (512, 512), "mosaic_gpu": (128, 128), "triton": (64, 64
 
 
 def arrays(q: Any, k: Any, v: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The operands as JAX arrays that fit together."""
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
         raise ValueError(

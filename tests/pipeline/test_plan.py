@@ -96,8 +96,9 @@ def test_coarse_plans_share_paths():
 def test_memory_that_just_suffices_is_always_filled():
     """45 visits for 45 places: each restart finds paths, so that one is enough."""
     for seed in range(20):
-        plan(TOPOLOGY, COSTS, 4, 30, restarts=1, seed=seed)
-        plan(TOPOLOGY, COSTS, 4, 30, "random", seed=seed)
+        for method in ("greedy", "random"):
+            paths = plan(TOPOLOGY, COSTS, 4, 30, method, restarts=1, seed=seed)
+            assert len(paths) == 30 and all(len(path) == 4 for path in paths)
 
 
 def test_full_pipelines():
