@@ -42,7 +42,7 @@ class Tiles(NamedTuple):
 
 
 def tiles(spec: Spec, itemsize: int, arrays: int) -> Tiles:
-    """As asked for, else what was fastest on an H200; shared memory holds ``arrays`` (2 forward, 3 backward) of them."""
+    """As asked for, else the fastest on an H200; shared memory holds ``arrays`` (2 forward, 3 backward) of them."""
     rows, channels = spec.block_sizes or (32 if itemsize == 2 else 8, 256)
     stages = 2
     bytes_of_a_block = stages * arrays * rows * channels * itemsize + 2048
