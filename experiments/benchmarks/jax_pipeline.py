@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -16,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 from experiments.benchmarks.measuring import Program, compiled_together, emit, in_turns, jax_one_at_a_time
 from jaxskip import pipeline
 from jaxskip.models import Decoder, DecoderConfig
-from jaxskip.models import decoder as parts
 from jaxskip.pipeline import execute, table
 
 # Row -> (stages, stages on a path).
@@ -64,46 +62,13 @@ def _in_turn(topology: pipeline.Topology, length: int, microbatches: int) -> lis
     return paths
 
 
-class Network(NamedTuple):
-    """A decoder as the executor takes it."""
-
-    config: DecoderConfig
-    embed_fn: Callable
-    stage_fn: Callable
-    head_loss_fn: Callable
-
-
-def make_network(config: DecoderConfig) -> Network:
-    block = parts.Block(config)
-
-    def embed_fn(embed, tokens):
-        return parts.embed_tokens({"embed": embed}, config, tokens, jnp.arange(tokens.shape[1])[None])
-
-    def stage_fn(stage, x):
-        rotary = parts.rotary(config, jnp.arange(x.shape[1])[None])
-
-        def layer(x, weights):
-            return block.apply({"params": weights}, x, jnp.float32(1.0), rotary)
-
-        return lax.scan(layer, x, stage)[0]
-
-    def head_loss_fn(head, x, targets):
-        logits = parts.output_logits(head, config, x)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
-
-    return Network(config, embed_fn, stage_fn, head_loss_fn)
-
-
 @functools.cache
 def _decoder_params(config: DecoderConfig) -> Any:
     return jax.jit(Decoder(config).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
-def make_params(config: DecoderConfig, stages: int) -> dict[str, Any]:
-    """Parameters of the network, those of the layers as [S, layers of a stage, ...]."""
-    params = _decoder_params(config)
-    cut = jax.tree.map(lambda leaf: leaf.reshape(stages, -1, *leaf.shape[1:]), params["layers"])
-    return {"embed": params["embed"], "stages": cut, "head": {name: params[name] for name in ("final_norm", "head")}}
+def _params(config: DecoderConfig, stages: int) -> Any:
+    return pipeline.split_decoder(_decoder_params(config), config, stages)
 
 
 def measure(asked: dict, devices: list) -> None:
@@ -114,17 +79,17 @@ def measure(asked: dict, devices: list) -> None:
             why = f"{PLANS[row][0]} stages, one a device, do not fit on {len(devices)} devices"
             emit(shape=TIMED, row=row, kind="", missing=why)
     fitting = {row: plan for row, plan in plans.items() if plan is not None}
-    network = _network(asked["pipeline"], asked["training"]["dtype"])
-    _costs(asked, devices, network, {len(plan.topology.stages) for plan in fitting.values()})
-    in_32_bits = network.config.dtype == jnp.float32
-    _steps(asked, devices, TIMED, network, asked["pipeline_rows"], fitting, check=in_32_bits)
+    config = _config(asked["pipeline"], asked["training"]["dtype"])
+    _costs(asked, devices, config, {len(plan.topology.stages) for plan in fitting.values()})
+    in_32_bits = config.dtype == jnp.float32
+    _steps(asked, devices, TIMED, config, asked["pipeline_rows"], fitting, check=in_32_bits)
     if not in_32_bits:
-        _steps(asked, devices, EXACT, _network(asked["exact"], "float32"), 2, fitting, check=True)
+        _steps(asked, devices, EXACT, _config(asked["exact"], "float32"), 2, fitting, check=True)
 
 
-def _network(fields: dict, dtype: str) -> Network:
+def _config(fields: dict, dtype: str) -> DecoderConfig:
     style = {"position": "rotary", "norm": "rmsnorm", "activation": "swiglu", "tie_embeddings": False}
-    return make_network(DecoderConfig(**fields, **style, dtype=jnp.dtype(dtype)))
+    return DecoderConfig(**fields, **style, dtype=jnp.dtype(dtype))
 
 
 def _tokens(config: DecoderConfig, microbatches: int, rows: int) -> tuple[jax.Array, jax.Array]:
@@ -133,16 +98,16 @@ def _tokens(config: DecoderConfig, microbatches: int, rows: int) -> tuple[jax.Ar
     return tokens, targets
 
 
-def _costs(asked: dict, devices: list, network: Network, stage_counts: set[int]) -> None:
+def _costs(asked: dict, devices: list, config: DecoderConfig, stage_counts: set[int]) -> None:
     """Times of the executor's operations on one device, and of a message when all devices send one."""
-    rows, config = asked["pipeline_rows"], network.config
+    rows = asked["pipeline_rows"]
     tokens, targets = jax.device_put(_tokens(config, 1, rows), devices[0])
     x = jax.random.normal(jax.random.key(1), (rows, config.context_length, config.embed_dim), config.dtype)
     lies = NamedSharding(Mesh(np.array(devices), ("node",)), P("node"))
 
     @functools.cache
     def operands(stages: int):
-        params = make_params(config, stages)
+        params = _params(config, stages)
         stage = jax.tree.map(lambda leaf: leaf[0], params["stages"])
         return stage, params["embed"], params["head"]
 
@@ -155,7 +120,7 @@ def _costs(asked: dict, devices: list, network: Network, stage_counts: set[int])
             return jax.jit(_hops(lies.mesh), out_shardings=lies).lower(messages())
 
         def operation(stage, embed, head, x, sums):
-            functions = network.stage_fn, network.embed_fn, network.head_loss_fn
+            functions = pipeline.decoder_functions(config)
             return execute.node_operations(*functions, stage, embed, head, tokens, targets)[kind](x, x, 0, sums)
 
         return jax.jit(operation, donate_argnums=4).lower(*operands(stages), x, sums(stages))
@@ -199,17 +164,16 @@ def _hops(mesh: Mesh) -> Callable:
 
 
 def _steps(
-    asked: dict, devices: list, shape: str, network: Network, rows: int, plans: dict[str, Plan], *, check: bool
+    asked: dict, devices: list, shape: str, config: DecoderConfig, rows: int, plans: dict[str, Plan], *, check: bool
 ) -> None:
     """Loss and gradients of an iteration; compared with one device's, where asked."""
-    config = network.config
     mesh = Mesh(np.array(devices), ("node",), axis_types=(AxisType.Auto,))
     tokens, targets = _tokens(config, asked["microbatches"], rows)
 
     @functools.cache
     def placed(row: str):
         topology = plans[row].topology
-        params = make_params(config, len(topology.stages))
+        params = _params(config, len(topology.stages))
         stages = pipeline.stack_stages(params["stages"], topology)
         lies = {"embed": P(), "stages": P("node"), "head": P()}
         shardings = {name: NamedSharding(mesh, spec) for name, spec in lies.items()}
@@ -219,7 +183,7 @@ def _steps(
 
     def lower(row: str, order):
         scheduled = pipeline.compile_table(plans[row].paths, plans[row].topology, order)
-        step = pipeline.make_train_step(network.stage_fn, network.embed_fn, network.head_loss_fn, scheduled, mesh)
+        step = pipeline.make_train_step(*pipeline.decoder_functions(config), scheduled, mesh)
         params, batch = placed(row)
         with jax.default_matmul_precision("highest" if check else None):  # pyright: ignore[reportArgumentType]
             return jax.jit(step).lower(params, *batch)
@@ -227,7 +191,7 @@ def _steps(
     done = [tuple(key) for key in asked["done"]]
     keys = [(row, order) for row in plans for order in ORDERS]
     compiled = compiled_together({k: functools.partial(lower, *k) for k in keys if (shape, *k) not in done})
-    references = functools.cache(lambda row: _reference(network, plans[row], tokens, targets))
+    references = functools.cache(lambda row: _reference(config, plans[row], tokens, targets))
 
     def build(row: str, order: str):
         program, (params, batch) = compiled((row, order)), placed(row)
@@ -251,30 +215,30 @@ def _steps(
     in_turns(asked, shape, programs, jax.block_until_ready, facts, turns=2 if shape == TIMED else 1)
 
 
-def _reference(network: Network, plan: Plan, tokens: jax.Array, targets: jax.Array):
-    """Loss and gradients of the same paths on one device."""
-    visited = jnp.array([[plan.topology.stage_of[node] for node in path] for path in plan.paths])
+def _reference(config: DecoderConfig, plan: Plan, tokens: jax.Array, targets: jax.Array):
+    """Loss and gradients of the same paths on one device, the latter as the stages hold them."""
+    paths = jnp.array([[plan.topology.stage_of[node] for node in path] for path in plan.paths])
+    stages = len(plan.topology.stages)
 
     def loss(params):
         def of_one(microbatch):
-            stages, tokens, targets = microbatch
-            x = network.embed_fn(params["embed"], tokens)
-            for stage in stages:
-                x = network.stage_fn(jax.tree.map(lambda leaf, s=stage: leaf[s], params["stages"]), x)
-            return network.head_loss_fn(params["head"], x, targets)
+            return pipeline.path_loss(params, config, stages, *microbatch)
 
-        return lax.map(of_one, (visited, tokens, targets)).mean()
+        return lax.map(of_one, (paths, tokens, targets)).mean()
 
     with jax.default_matmul_precision("highest"):
-        params = make_params(network.config, len(plan.topology.stages))
-        return jax.device_get(jax.jit(jax.value_and_grad(loss))(params))
+        found, grads = jax.jit(jax.value_and_grad(loss))(_decoder_params(config))
+        return jax.device_get((found, pipeline.split_decoder(grads, config, stages)))
 
 
 def _error(out, expected, topology: pipeline.Topology) -> float:
     """The largest difference of an entry of the gradients, or of the loss, over the largest entry there."""
     loss, grads = expected
-    grads = {**grads, "stages": pipeline.stack_stages(grads["stages"], topology)}
+    # The scales of layers are no parameters: they stand beside these in the stages.
+    layers = pipeline.stack_stages(grads["stages"]["layers"], topology)
+    got_loss, got = jax.device_get(out)
+    got, want = ({**x, "stages": stages} for x, stages in ((got, got["stages"]["layers"]), (grads, layers)))
     differences = jax.tree.map(
-        lambda got, want: np.abs(got - want).max() / np.abs(want).max(), jax.device_get(out), (loss, grads)
+        lambda got, want: np.abs(got - want).max() / np.abs(want).max(), (got_loss, got), (loss, want)
     )
     return float(max(jax.tree.leaves(differences)))
