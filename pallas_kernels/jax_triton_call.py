@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.manual_axes import same_manual_axes
+from pallas_kernels.manual_axes import varying_like
 
 
 def missing() -> str | None:
@@ -40,4 +40,4 @@ def call(kernel: Any, arrays: tuple[jax.Array, ...], outputs: Any, spec: Any, **
         **options,
     )
     results = jax.custom_batching.sequential_vmap(function)(*arrays)
-    return same_manual_axes((results, arrays[0]))[0]  # jax-triton does not say over which mesh axes its results vary
+    return varying_like(arrays, results)

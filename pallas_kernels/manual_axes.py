@@ -15,6 +15,11 @@ def same_manual_axes(tree: Any) -> Any:
     return jax.tree.map(lambda x: varying(x, axes), tree)
 
 
+def varying_like(operands: Any, results: Any) -> Any:
+    """The results of a kernel, which does not say so itself, varying over the axes of its operands."""
+    return same_manual_axes((results, operands))[0]
+
+
 def varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     """x, said to vary over ``axes`` too."""
     missing = tuple(axes - manual_axes(x))

@@ -17,13 +17,14 @@ from jax import lax
 from pallas_kernels import hopper
 from pallas_kernels.linear_cross_entropy import hopper_product, hopper_tiles, slabs
 from pallas_kernels.linear_cross_entropy.chunked import loop_over_tiles
+from pallas_kernels.manual_axes import varying_like
 
 # Below this, computing every entry costs no more than finding those that the filter keeps.
 LEAST_VOCABULARY = 65536
 # Softmax entries that the filter keeps, per token on average; with more, the gradients are computed exactly instead.
 _ENTRIES_PER_TOKEN = 64
 _PART = 64  # columns of a tile that are searched for entries at a time
-_SMALL_SLAB_BYTES, _SMALL_BLOCK = 16 * 2**20, 1024  # for the exact gradients, then: they share the entries' memory
+_SMALL_SLAB_BYTES, _SMALL_BLOCK = 12 * 2**20, 1024  # for the exact gradients, then: they share the entries' memory
 
 
 def gradients(spec, e, c, labels, z_label, lse, g, h, scale, maxima, logit_gradients):
@@ -235,4 +236,5 @@ def row_sums(x, index, weight, starts, factor, base, dtype):
         grid_names=("block",),
         compiler_params=hopper.PARAMS,
     )
-    return kernel(x, index, weight, starts, factor, base)[:, :width]
+    operands = x, index, weight, starts, factor, base
+    return varying_like(operands, kernel(*operands))[:, :width]

@@ -74,8 +74,9 @@ def forward_backward(spec, e, c, weights, labels, z_label, log_sum_exp):
         tried = state[0]
         reference = lax.cond(tried == 0, lambda: z_label, log_sum_exp)
         step = functools.partial(chunk, reference=reference)
-        start = lax.cond(tried == 0, lambda *state: (True, *state), lambda *_: nothing(True), *state[2:])
-        return tried + 1, *loop_over_tiles(step, start, tokens, rows)
+        # Zero as they are in the first attempt: XLA then writes where they lie.
+        start = lax.cond(tried == 0, lambda *state: state, lambda *_: nothing(True)[1:], *state[2:])
+        return tried + 1, *loop_over_tiles(step, (nothing(True)[0], *start), tokens, rows)
 
     state = lax.while_loop(lambda state: (state[0] < 2) & ~state[1], attempt, (jnp.int32(0), *nothing(False)))
     _, _, loss, own, de, dc = state

@@ -14,6 +14,7 @@ from jax import lax
 
 from pallas_kernels.hopper import LOG2E, MULTIPROCESSORS, PARAMS, TRANSFORMS, load, transposed
 from pallas_kernels.linear_cross_entropy.reference import Spec
+from pallas_kernels.manual_axes import varying_like
 
 ROWS, COLUMNS = 128, 256  # of a tile of logits
 _DEPTH = 64  # of the embedding width, in one stage of the pipeline
@@ -116,7 +117,7 @@ def pipeline(spec: Spec, rows_last: bool = False) -> dict[str, Any]:
 
 def kernel(body, outputs, scratch, blocks):
     """A kernel of ``blocks`` thread blocks whose ``body`` calls ``run``."""
-    return plgpu.kernel(
+    call = plgpu.kernel(
         body,
         out_type=outputs,
         scratch_types=scratch,
@@ -126,6 +127,7 @@ def kernel(body, outputs, scratch, blocks):
         thread_name="group",
         compiler_params=PARAMS,
     )
+    return lambda *operands: varying_like(operands, call(*operands))
 
 
 def splits(bands: int, columns: int) -> int:

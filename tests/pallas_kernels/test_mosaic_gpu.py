@@ -261,7 +261,7 @@ print(json.dumps(found))
     ("shape", "options", "forward_mib", "both_mib"),
     [
         ((8192, 256000, 2304), {}, 4, 1450),
-        ((8192, 256000, 2304), {"filter_eps": "auto"}, 4, 1200),
+        ((8192, 256000, 2304), {"filter_eps": "auto"}, 4, 1250 if jax.__version_info__ < (0, 11) else 1200),
         ((32768, 50304, 768), {}, 6, 800),
         ((1000, 50257, 776), {"softcap": 30.0, "label_smoothing": 0.1, "z_loss": 1e-4}, 90, 400),
     ],
@@ -269,13 +269,50 @@ print(json.dumps(found))
 )
 def test_compiles_for_hopper_within_its_memory(shape, options, forward_mib, both_mib, record_property):
     """Beyond the gradients (1161 MiB at the first shape) one slab and the embeddings' gradient in float32; in one pass
-    a chunk of numerators and both gradients in float32 (here 393 and 243 MiB)."""
+    a chunk of numerators and both gradients in float32 (here 393 and 243 MiB). XLA before JAX 0.11 shares less."""
     sizes = [str(size) for size in shape]
     found = compile_in_a_process(COMPILE, H200, *sizes, json.dumps(options), environment=GPU)
     record_property("MiB", found)
     print(found)
     assert found["forward"] <= forward_mib
     assert found["both"] <= both_mib
+
+
+OVER_DEVICES = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from pallas_kernels.linear_cross_entropy import linear_cross_entropy
+
+target, vocabulary, options = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+devices = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x2x1").devices
+mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+
+def total(e, c, y):
+    return jax.lax.psum(linear_cross_entropy(e, c, y, reduction="sum", implementation="mosaic_gpu", **options), "data")
+
+loss = jax.shard_map(total, mesh=mesh, in_specs=(P("data"), P(), P("data")), out_specs=P())
+shape = lambda shape, dtype, spec: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+args = (shape((1024, 256), jnp.bfloat16, P("data")), shape((vocabulary, 256), jnp.bfloat16, P()),
+        shape((1024,), jnp.int32, P("data")))
+with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    text = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*args).compile().as_text()
+print(json.dumps([text.count("mosaic_gpu_v2"), text.count(" all-reduce(") + text.count(" all-reduce-start(")]))
+"""
+
+
+@needs_cuda_plugin
+@pytest.mark.gpu_aot
+@pytest.mark.parametrize(
+    ("vocabulary", "options"),
+    [(8192, {}), (70016, {"softcap": 30.0}), (70016, {"filter_eps": "auto"})],
+    ids=["one_pass", "exact", "filtered"],
+)
+def test_compiles_for_tokens_split_over_two_gpus(vocabulary, options):
+    """Inside shard_map, which checks over which axes values vary; the gradients of the classifier are summed."""
+    kernels, sums = compile_in_a_process(OVER_DEVICES, H200, str(vocabulary), json.dumps(options), environment=GPU)
+    assert kernels >= 2 and sums >= 1
 
 
 @pytest.mark.gpu
