@@ -16,14 +16,12 @@ def einsum(spec, subscripts, a, b, dtype):
     if out[0] not in left:
         (left, a), (right, b) = (right, b), (left, a)
     rows_last = left[1] == out[0]
-    (rows, columns) = a.shape[int(rows_last)], b.shape[right.index(out[1])]
+    rows, columns = a.shape[int(rows_last)], b.shape[right.index(out[1])]
     # The layout of the second operand as the pipeline names it: "vd" where its columns come first.
     spec = spec._replace(classifier_layout="vd" if right[0] == out[1] else "dv")
     width = 128 // jnp.dtype(dtype).itemsize  # of a part of a tile that leaves at a time
     if columns % width:  # what the copy engine writes in tiles
-        return jnp.einsum(
-            subscripts, *((a, b) if subscripts.startswith(left) else (b, a)), preferred_element_type=dtype
-        )
+        return jnp.einsum(f"{left},{right}->{out}", a, b, preferred_element_type=dtype)
     bands, blocks = pl.cdiv(rows, hopper_tiles.ROWS), pl.cdiv(columns, hopper_tiles.COLUMNS)
     tiles, half = bands * blocks, hopper_tiles.ROWS // 2
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -161,6 +162,21 @@ def test_interpreted_product_equals_einsum(subscripts):
         wide = hopper_product.einsum(problem(8, 8, 8)[0], subscripts, *operands, jnp.float32)
     np.testing.assert_allclose(wide, want, atol=1e-6 * jnp.abs(want).max())
     assert got.dtype == jnp.bfloat16 and jnp.abs(got - want).max() <= 2**-8 * jnp.abs(want).max()
+
+
+@pytest.mark.parametrize("subscripts", ["rv,vd->rd", "rv,rd->dv"])
+def test_products_that_the_copy_engine_cannot_tile_are_xlas(subscripts):
+    from pallas_kernels.linear_cross_entropy import hopper_product
+
+    sizes = {"r": 5, "v": 7, "d": 9}
+    operands = [
+        jnp.arange(math.prod(sizes[letter] for letter in letters), dtype=jnp.bfloat16).reshape(
+            [sizes[letter] for letter in letters]
+        )
+        for letters in subscripts.split("->")[0].split(",")
+    ]
+    got = hopper_product.einsum(problem(8, 8, 8)[0], subscripts, *operands, jnp.float32)
+    np.testing.assert_array_equal(got, jnp.einsum(subscripts, *operands, preferred_element_type=jnp.float32))
 
 
 def test_one_pass_is_for_small_plain_problems():
