@@ -112,7 +112,8 @@ def exact_gradients(e, c, labels, tokens, frequent, others) -> tuple[Any, Any, A
     def logits(e, c):
         return jnp.einsum("nd,vd->nv", e, c, preferred_element_type=jnp.float32)
 
-    @jax.jit
+    # Trying out kernels for these products takes XLA minutes, and nobody times this program.
+    @functools.partial(jax.jit, compiler_options={"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False})
     def gradients(e, c, labels):
         lse = jax.lax.map(log_sum_exp, e, batch_size=min(512, e.shape[0]))
         dz = jnp.exp(logits(e[tokens], c) - lse[tokens][:, None])

@@ -42,7 +42,7 @@ def make_plan(row: str, devices: int, microbatches: int) -> Plan | None:
         return None
     nodes = iter(range(devices))
     sizes = pipeline.balanced_sizes(devices, stages, length)
-    topology = pipeline.Topology([[next(nodes) for _ in range(size)] for size in sizes], memory=stages)
+    topology = pipeline.Topology([[next(nodes) for _ in range(size)] for size in sizes], memory=2 * length - 1)
     return Plan(topology, _in_turn(topology, length, microbatches))
 
 

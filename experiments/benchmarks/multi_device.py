@@ -18,6 +18,7 @@ tick itself costs.
 """
 
 import dataclasses
+import os
 from typing import Literal
 
 import numpy as np
@@ -105,8 +106,13 @@ def main(config: Config, run: cli.Run) -> Report:
     # Where gradients are compared with one device's to 1e-5; 16-bit ones cannot be.
     task["exact"] = {"vocab_size": 64, "context_length": 32, "num_layers": 12, "num_heads": 2, "embed_dim": 64}
     # One process has all of the GPUs: memory in one piece does not break up between programs of different size.
-    memory = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.85"}
-    frameworks = [("jax", "jax_multi_device", config.parts, memory)]
+    # A dozen programs are compiled: with products as cuBLAS chooses them, instead of by trying, in seconds each.
+    by_cublas = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {by_cublas}".strip()
+    environment = {
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.85", "XLA_FLAGS": flags
+    }  # fmt: skip
+    frameworks = [("jax", "jax_multi_device", config.parts, environment)]
     measure_in_turn(results, frameworks, task, config.seconds, 1.0)
     seen = results.framework("jax")
     if seen and seen["machine"]["count"] < config.devices:
@@ -197,28 +203,14 @@ def predict(entry: dict, order: str, costs: dict) -> Prediction:
     topology, paths = _topology(entry), [tuple(path) for path in entry["paths"]]
     scheduled = pipeline.compile_table(paths, topology, order)  # pyright: ignore[reportArgumentType]
     seconds = {table.F: forward, table.F0: forward, table.H: head, table.B: backward, table.B0: backward}
-    lasts = np.array([seconds.get(op, 0.0) for op in range(6)])[scheduled.op]
+    busy = sum(lasts * np.sum(scheduled.op == op) for op, lasts in seconds.items())
     # The simulator takes work in the order in which it arrives; with memory for all, no forward pass waits.
     roomy = dataclasses.replace(topology, memory=len(paths)) if order == "gpipe" else topology
     link = np.full((topology.nodes, topology.nodes), message)
     simulated = pipeline.simulate(
         paths, roomy, pipeline.Costs(link, forward, head=head / forward, backward=backward / forward)
     )
-    return Prediction(simulated, _by_table(scheduled, lasts, message), float(lasts.sum()))
-
-
-def _by_table(scheduled: pipeline.Table, lasts: np.ndarray, message: float) -> float:
-    """Seconds until all nodes are through their ticks, [T, N] seconds each; nodes with messages wait."""
-    clock = np.zeros(lasts.shape[1])
-    for seconds, permutation in zip(lasts, scheduled.permutation, strict=True):
-        clock += seconds
-        together: list[set[int]] = []
-        for pair in scheduled.permutations[permutation]:
-            joined = [nodes for nodes in together if nodes & {*pair}]
-            together = [nodes for nodes in together if nodes not in joined] + [{*pair}.union(*joined)]
-        for nodes in map(list, together):
-            clock[nodes] = clock[nodes].max() + message
-    return float(clock.max())
+    return Prediction(simulated, pipeline.table_seconds(scheduled, seconds, message), float(busy))
 
 
 def _efficiency(training: dict, devices: int) -> dict[tuple[str, str], float]:

@@ -12,7 +12,7 @@ from jaxskip.pipeline.decoder import STAGE_RULES, decoder_functions, path_loss, 
 from jaxskip.pipeline.execute import make_train_step, stack_stages, stage_mesh
 from jaxskip.pipeline.plan import full_pipelines, place, plan, stage_sequences
 from jaxskip.pipeline.simulate import Simulation, Work, contention_free, plot_timeline, simulate
-from jaxskip.pipeline.table import Table, compile_table
+from jaxskip.pipeline.table import Table, compile_table, table_seconds
 
 __all__ = [
     "GEO12",
@@ -41,4 +41,5 @@ __all__ = [
     "stack_stages",
     "stage_mesh",
     "stage_sequences",
+    "table_seconds",
 ]

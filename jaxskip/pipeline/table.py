@@ -5,7 +5,8 @@ runs.
 """
 
 import heapq
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -15,7 +16,8 @@ from jaxskip.pipeline.simulate import Path, check_paths
 
 IDLE, F, B, F0, H, B0 = range(6)
 TRASH = 0
-_PRIORITIES = {"1f1b": {B: 0, B0: 0, H: 1, F: 2, F0: 3}, "gpipe": {F: 0, F0: 1, H: 2, B: 3, B0: 3}}
+_PHASES = ((F, F0), (H,), (B, B0))
+_ORDERS = ("1f1b", "gpipe")
 
 
 class Table(NamedTuple):
@@ -53,6 +55,31 @@ class Table(NamedTuple):
         return len(self.op)
 
 
+def table_seconds(table: Table, seconds: Mapping[int, float], message: float) -> float:
+    """Seconds until all nodes are through a table: those that exchange messages in a tick end it together.
+
+    Args:
+      table: see `compile_table`.
+      seconds: of F, F0, H, B and B0.
+      message: seconds of a message.
+
+    >>> table = compile_table([(0, 1)], Topology([[0], [1]]))
+    >>> table_seconds(table, {F0: 1, F: 1, H: 0.5, B: 2, B0: 2}, message=0.25)
+    7.5
+    """
+    lasts = np.array([seconds.get(op, 0.0) for op in range(6)])[table.op]
+    clock = np.zeros(lasts.shape[1])
+    for each, permutation in zip(lasts, table.permutation, strict=True):
+        clock += each
+        together: list[set[int]] = []
+        for pair in table.permutations[permutation]:
+            joined = [nodes for nodes in together if nodes & {*pair}]
+            together = [nodes for nodes in together if nodes not in joined] + [{*pair}.union(*joined)]
+        for nodes in map(list, together):
+            clock[nodes] = clock[nodes].max() + message
+    return float(clock.max())
+
+
 class _Step(NamedTuple):
     op: int
     node: int
@@ -62,16 +89,17 @@ class _Step(NamedTuple):
 def compile_table(paths: Sequence[Path], topology: Topology, order: Literal["1f1b", "gpipe"] = "1f1b") -> Table:
     """Schedules the microbatches in ticks, an operation of a node being one, by list scheduling.
 
-    A message takes the end of a tick; a node sends and receives at most one at a time, so that what would make a second
-    one arrive is done later.
+    A tick is all forward, all heads or all backward, in turns as far as there is such work: nodes that exchange
+    messages at the end of a tick then wait for operations as long as their own. A node sends and receives at most one
+    message a tick, so that what would make a second one arrive is done later.
 
     Args:
       paths: of the M microbatches, see `plan`; each origin starts its own in this order.
       topology: of N nodes.
       order:
-        "1f1b": backward before forward, and no more than ``topology.memory`` microbatches of an origin under way.
-        "gpipe": all forward passes come before the first head; every node keeps the inputs of all its microbatches, and
-          a tick is all forward, all heads or all backward, so that none waits for a longer operation.
+        "1f1b": no more than ``topology.memory`` microbatches of an origin under way; a path of L stages is never short
+          of work with 2 L - 1 of them.
+        "gpipe": all forward passes come before the first head; every node keeps the inputs of all its microbatches.
 
     Raises ValueError for paths that are none and for another order.
 
@@ -82,7 +110,7 @@ def compile_table(paths: Sequence[Path], topology: Topology, order: Literal["1f1
     ((0, 1), (1, 0))
     """
     check_paths(paths, topology)
-    if order not in _PRIORITIES:
+    if order not in _ORDERS:
         raise ValueError(f"order is {order!r}; choose '1f1b' or 'gpipe'")
     steps = [_steps(path) for path in paths]
     done = _schedule(steps, [path[0] for path in paths], topology, order)
@@ -126,35 +154,39 @@ def _steps(path: Path) -> list[_Step]:
 
 def _schedule(steps, origins, topology, order) -> list[list[int]]:
     """The tick of each step of each microbatch."""
-    priority = _PRIORITIES[order]
     under_way = dict.fromkeys(topology.stages[0], 0)
     done: list[list[int]] = [[] for _ in steps]
     forward_left = sum(len(mine) // 2 for mine in steps)
-    left, tick, heads = sum(map(len, steps)), 0, False
-    while left:
-        busy, receiving = set(), set()
-        ready = [i for i, mine in enumerate(steps) if len(done[i]) < len(mine)]
-        ready.sort(key=lambda i: (priority[steps[i][len(done[i])].op], i))
-        forward_before = forward_left
-        # Gpipe's ticks of heads and of backward passes take turns, where there are both.
-        waiting = {steps[i][len(done[i])].op for i in ready}
-        heads = H in waiting and not (heads and waiting & {B, B0})
-        for i in ready:
-            step = steps[i][len(done[i])]
-            waits = step.node in busy or step.destination in receiving
-            if order == "gpipe":
-                waits |= step.op in (H, B, B0) and (forward_before > 0 or heads != (step.op == H))
-            elif step.op == F0:
-                waits |= under_way[origins[i]] == topology.memory
-            if waits:
+
+    def startable(phase) -> list[int]:
+        """Microbatches whose next step can share a tick; those under way come before new ones."""
+        if order == "gpipe" and forward_left and F not in phase:
+            return []
+        following = {i: mine[len(done[i])] for i, mine in enumerate(steps) if len(done[i]) < len(mine)}
+        waiting = [i for i, step in following.items() if step.op in phase]
+        busy, receiving, chosen = set(), set(), []
+        for i in sorted(waiting, key=lambda i: following[i].op == F0):
+            step = following[i]
+            full = order == "1f1b" and step.op == F0 and under_way[origins[i]] == topology.memory
+            if full or step.node in busy or step.destination in receiving:
                 continue
             busy.add(step.node)
             if step.destination is not None:
                 receiving.add(step.destination)
-            under_way[origins[i]] += (step.op == F0) - (step.op == B0)
-            forward_left -= step.op in (F, F0)
+            chosen.append(i)
+        return chosen
+
+    left, tick, turns = sum(map(len, steps)), 0, deque(_PHASES)
+    while left:
+        chosen = next(found for phase in turns if (found := startable(phase)))
+        for i in chosen:
+            op = steps[i][len(done[i])].op
+            under_way[origins[i]] += (op == F0) - (op == B0)
+            forward_left -= op in (F, F0)
             done[i].append(tick)
-            left -= 1
+        while op not in turns[-1]:
+            turns.rotate(-1)
+        left -= len(chosen)
         tick += 1
     return done
 
