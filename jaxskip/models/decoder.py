@@ -431,7 +431,8 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.num_layers,
-            unroll=min(c.scan_unroll, c.num_layers),
+            # Initialisation needs no speed, and unrolled takes a minute to compile at 24 layers.
+            unroll=1 if self.is_initializing() else min(c.scan_unroll, c.num_layers),
         )
         x, _ = layers(c, name="layers")(x, layer_scales(c), rotary(c, positions), segments, skip)
         x = _norm(c, "final_norm")(x)

@@ -433,7 +433,8 @@ class AdaptiveBatch:
         # The ratio needs no bias correction: the numerator and the denominator lack the same factor.
         old = np.asarray(state.averages or np.zeros_like(new))
         averages = self.ema * old + (1 - self.ema) * new if self.ema else new
-        wanted = max((a / b if b > 0 else math.inf) for a, b in averages if a > 0) if np.any(averages[:, 0] > 0) else 0
+        # Of Python's floats, whose quotient by next to nothing is infinity without a warning.
+        wanted = max(((a / b if b > 0 else math.inf) for a, b in averages.tolist() if a > 0), default=0)
         kept = tuple(map(tuple, averages.tolist())) if self.ema else ()
         return moved._replace(batch_size=self._next_size(state.batch_size, wanted), averages=kept)
 
