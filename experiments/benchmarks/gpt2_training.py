@@ -42,8 +42,8 @@ class Config:
     remat: Literal["none", "dots", "full"] = "none"
     scan_unroll: int = 1000
     """Layers an iteration of the scan over layers; 1000 removes the loop."""
-    loss_rows: int | None = 16384
-    """Row tile of the loss; None lets the op choose."""
+    loss_rows: int | None = None
+    """Row tile of the loss in chunks; None lets the op choose its kernel."""
 
 
 PRESETS = {
