@@ -104,6 +104,8 @@ class FFNSkip(Policy):
 
             absent = isinstance(feed, np.bool_) and not feed
             executed = False if absent else jnp.any(wanted)
+            if not absent:  # decided once: else every kernel of a layer goes through the history of those before it
+                left, run, skips, executed = jax.lax.optimization_barrier((left, run, skips, executed))
             new = network.feed_forward(h, index, executed)
             similarity = jnp.where(executed, self._similarity(h, new, network.real), 0)
             h = jnp.where(wanted[..., None], new, h)

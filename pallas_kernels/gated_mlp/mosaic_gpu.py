@@ -69,13 +69,13 @@ def _in_eights(batch: int) -> int:
 @functools.partial(jax.jit, static_argnames="epsilon")
 def block(x, norm_scale, gate_up, down, run, epsilon):
     """As ``gated_mlp``."""
-    shape = *x.shape, gate_up.shape[1]
-    flag = [] if run is None else [jnp.asarray(run, jnp.int32).reshape(1)]
+    batch, width, hidden = *x.shape, gate_up.shape[1]
+    flag = [] if run is None else [run.reshape(1)]
     # Copies are whole 8 rows. Those past the end of a smaller array are zeros; a larger one cannot be tiled.
-    tokens = x if len(x) < 8 else jnp.pad(x, ((0, -len(x) % 8), (0, 0)))
-    hidden = _hidden(gate_up_split(*shape), epsilon, tokens, norm_scale, gate_up, flag)
-    parts = _products(down_split(*shape), hidden, down, flag)
-    out = x + parts.sum(axis=0)[: len(x)].astype(x.dtype)
+    tokens = x if batch < 8 else jnp.pad(x, ((0, -batch % 8), (0, 0)))
+    h = _hidden(gate_up_split(batch, width, hidden), epsilon, tokens, norm_scale, gate_up, flag)
+    parts = _products(down_split(batch, width, hidden), h, down, flag)
+    out = x + parts.sum(axis=0)[:batch].astype(x.dtype)
     return out if run is None else jnp.where(run, out, x)
 
 
@@ -239,7 +239,7 @@ def _write(out_s, target, batch):
 def _where(flag_g, run):
     """Runs where the flag, if there is one, is set."""
     if flag_g:
-        pl.when(flag_g[0][0] != 0)(run)
+        pl.when(flag_g[0][0])(run)
     else:
         run()
 
