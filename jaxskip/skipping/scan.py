@@ -125,8 +125,8 @@ class Network:
     def feed_forward(self, h_BxTxD, layer, run: Any = True) -> jax.Array:
         """The residual stream after the feed-forward block of `layer`, or as it is where `run` (see `when`) is False.
 
-        For one new token a sequence, where a kernel can take the weights as they lie, no conditional is made of `run`:
-        on a GPU its two ends take as long as many a block.
+        For one new token a sequence, and weights as they lie in fused layers that are a tuple, it is one op that is
+        handed `run`: a kernel may then do without a conditional, whose ends take longer on a GPU than many a block.
         """
         weights = self._gated_mlp(layer) if h_BxTxD.shape[1] == 1 else None
         if weights is None:

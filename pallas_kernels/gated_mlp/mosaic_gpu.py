@@ -59,7 +59,8 @@ def _tile(depth: int) -> int:
 def _stages(batch: int, rows: int, steps: int, blocks: int, beside: int) -> int:
     """As many as fit, two thread blocks to a multiprocessor where there are enough of them."""
     room = _SHARED_BYTES // (2 if blocks > hopper.MULTIPROCESSORS else 1) - beside - _tile(WIDTHS)
-    return max(1, min(steps, _MOST_STAGES, room // (2 * WIDTHS * (rows + _in_eights(batch)))))
+    fitting = room // (2 * WIDTHS * (rows + _in_eights(batch)))
+    return min(steps, max(2, min(fitting, _MOST_STAGES)))
 
 
 def _in_eights(batch: int) -> int:
