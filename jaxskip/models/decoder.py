@@ -64,7 +64,8 @@ class DecoderConfig:
       remat: "none", "dots" (keep matrix products, recompute the rest) or "full" (keep only each layer's input).
       attention: "xla", "cudnn", "skip" for `pallas_kernels.skip_attention`, which leaves out blocks and sequences, or
         None for "skip" where something is to be left out, cuDNN's flash attention where it can run (NVIDIA compute
-        capability 8.0 or later, 16-bit dtype) and XLA elsewhere.
+        capability 8.0 or later, 16-bit dtype) and XLA elsewhere. With "xla" and "cudnn" decoding is XLA's as well, its
+        feed-forward blocks included.
       scan_unroll: layers per iteration of the scan; L removes the loop (faster on GPU, longer to compile).
     """
 

@@ -18,7 +18,7 @@ import numpy as np
 from jaxskip.models import decoder
 from jaxskip.skipping.generate import whole_sequences
 from jaxskip.skipping.policy import Policy, all_layers
-from jaxskip.skipping.scan import Network, when
+from jaxskip.skipping.scan import Network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,13 +102,13 @@ class FFNSkip(Policy):
             skips = self._skips(eligible, left, run)
             wanted = ~skips & network.real & feed
 
-            def feed_forward(h, _):
-                new = network.feed_forward(h, index)
-                return jnp.where(wanted[..., None], new, h), self._similarity(h, new, network.real)
-
             absent = isinstance(feed, np.bool_) and not feed
             executed = False if absent else jnp.any(wanted)
-            h, similarity = when(executed, feed_forward, h, jnp.zeros(left.shape))
+            if not absent:  # decided once: else every kernel of a layer goes through the history of those before it
+                left, run, skips, executed = jax.lax.optimization_barrier((left, run, skips, executed))
+            new = network.feed_forward(h, index, executed)
+            similarity = jnp.where(executed, self._similarity(h, new, network.real), 0)
+            h = jnp.where(wanted[..., None], new, h)
             left, run = self._after(skips, eligible, feed, similarity, left, run)
             return (h, cache, left, run), (jnp.stack([jnp.bool_(True), jnp.asarray(executed)]), wanted)
 
@@ -323,7 +323,7 @@ def ffn_ablation(config: decoder.DecoderConfig, params, tokens_BxT: jax.Array) -
     def loss_without(absent):
         def layer(h, index):
             h, _ = network.attention(h, None, index)
-            return when(index != absent, lambda h: network.feed_forward(h, index), h), None
+            return network.feed_forward(h, index, index != absent), None
 
         h, _ = network.over(range(config.num_layers), layer, h0)
         scores = jax.nn.log_softmax(decoder.output_logits(params, config, h)[:, :-1])

@@ -148,7 +148,7 @@ def _routed_layer(network: Network, h, cache, index, g_B, feeds):
 
     def run(h, cache):
         new, cache = network.attention(h, cache, index, g_B)
-        new = when(feed, lambda x: network.feed_forward(x, index), new)
+        new = network.feed_forward(new, index, feed)
         return jnp.where(g_B[:, None, None], new, h), cache
 
     return when(executed, run, h, cache), jnp.stack([executed, executed & feed])
@@ -203,7 +203,7 @@ def routed_forward(
         rho = keep_probability(routers, index, h, seen, pool=policy.pool)
         rho = jnp.where(network.pick(protected, index), 1.0, rho)
         new, _ = network.attention(h, None, index)
-        new = when(network.pick(feeds, index), lambda x: network.feed_forward(x, index), new)
+        new = network.feed_forward(new, index, network.pick(feeds, index))
         on = jnp.where(always, 1.0, _opening(gate, rho, policy.threshold)[:, None])[..., None]
         change = new - h
         if gate == "published":

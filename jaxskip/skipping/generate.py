@@ -360,7 +360,7 @@ def _checked_prompts(config, prompts, max_new_tokens: int) -> tuple[np.ndarray, 
 
 
 def _config_on(sharding, config):
-    """The configuration for decoding: XLA cannot split the kernel of `decode_attention` over a mesh."""
+    """The configuration for decoding: XLA cannot split the kernels of a step over a mesh."""
     return config if sharding is None else dataclasses.replace(config, attention="xla")
 
 

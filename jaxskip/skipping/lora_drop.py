@@ -146,7 +146,7 @@ class LoRADrop(Policy):
 
         def run(index, h, cache, state):
             new, cache = network.attention(h, cache, index)
-            new = when(network.pick(feeds, index), lambda new: network.feed_forward(new, index), new)
+            new = network.feed_forward(new, index, network.pick(feeds, index))
             remember = lambda state: self._remember(state, network.pick(place, index), h, new)  # noqa: E731
             return new, cache, when(network.pick(dropped, index), remember, state)
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxskip.models.decoder import DecoderConfig
 from jaxskip.skipping.cache import CacheLayout
-from jaxskip.skipping.scan import Network, when
+from jaxskip.skipping.scan import Network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +77,7 @@ class Policy:
             h, cache = carry
             h, cache = network.attention(h, cache, index)
             feed = network.pick(feeds, index)
-            h = when(feed, lambda h: network.feed_forward(h, index), h)
-            return (h, cache), jnp.stack([jnp.bool_(True), jnp.asarray(feed)])
+            return (network.feed_forward(h, index, feed), cache), jnp.stack([jnp.bool_(True), jnp.asarray(feed)])
 
         layers = self.kept(network.num_layers)
         (h, cache), ran = network.over(layers, layer, (h, cache))

@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxskip.models import decoder
 from jaxskip.skipping import cache as caches
+from pallas_kernels.gated_mlp import gated_mlp
 from pallas_kernels.skip_attention import decode_attention
 
 
@@ -66,8 +67,8 @@ class Network:
     """What a policy works with while a program is traced: the layers of one decoder at the positions of one step.
 
     A policy calls `attention` and `feed_forward` for the blocks that it wants, in `over`, which loops over layers, with
-    `when` around what may be left out. `layer` is a Python int where layers are a tuple and a traced int32 where they
-    are stacked; `pick` reads a table by either.
+    `when` around what may be left out; a feed-forward block that alone may be left out is handed the choice. `layer` is
+    a Python int where layers are a tuple and a traced int32 where they are stacked; `pick` reads a table by either.
 
     Attributes:
       config, params: the decoder.
@@ -121,9 +122,31 @@ class Network:
         _, k, v = self._heads(h_BxTxD, layer)
         return self.attend(None, k, v, cache, layer, None)[1]
 
-    def feed_forward(self, h_BxTxD, layer) -> jax.Array:
-        """The residual stream after the feed-forward block of `layer`."""
-        return self._block(layer, "feed_forward", h_BxTxD)
+    def feed_forward(self, h_BxTxD, layer, run: Any = True) -> jax.Array:
+        """The residual stream after the feed-forward block of `layer`, or as it is where `run` (see `when`) is False.
+
+        For one new token a sequence, and weights as they lie in fused layers that are a tuple, it is one op that is
+        handed `run`: a kernel may then do without a conditional, whose ends take longer on a GPU than many a block.
+        """
+        weights = self._gated_mlp(layer) if h_BxTxD.shape[1] == 1 else None
+        if weights is None:
+            return when(run, lambda h: self._block(layer, "feed_forward", h), h_BxTxD)
+        if isinstance(run, bool | np.bool_):
+            if not run:
+                return h_BxTxD
+            run = None
+        kernel, epsilon = _kernel(self.config), self.config.norm_eps
+        return gated_mlp(h_BxTxD[:, 0], *weights, run=run, epsilon=epsilon, implementation=kernel)[:, None]
+
+    def _gated_mlp(self, layer):
+        """The weights of the block as `gated_mlp` takes them, or None where they lie otherwise."""
+        c, layers = self.config, self.params["layers"]
+        fits = c.fused and c.activation == "swiglu" and c.norm == "rmsnorm" and not c.use_bias
+        if not fits or not isinstance(layers, tuple):  # out of a stack, a kernel's operands would be copied
+            return None
+        norm, mlp = layers[layer]["mlp_norm"], layers[layer]["mlp"]
+        gate_up, down = mlp["gate_up"]["transposed"], mlp["down"]["transposed"]
+        return (norm["scale"], gate_up, down) if gate_up.dtype == down.dtype == c.dtype else None
 
     def _heads(self, h_BxTxD, layer):
         tables = decoder.rotary(self.config, self.positions)
@@ -176,10 +199,9 @@ def cached_attention(config, layout: caches.CacheLayout, lengths_B, prompt_slots
                 return None, new
             keys, values = caches.read(new, group, position)
             recent = prompt_slots, count
-            kernel = "xla" if config.attention in ("xla", "cudnn") else None
             running = live_B if active is None else live_B & active
             out = decode_attention(
-                q[:, 0], keys, values, lengths=lengths_B, recent=recent, active=running, implementation=kernel
+                q[:, 0], keys, values, lengths=lengths_B, recent=recent, active=running, implementation=_kernel(config)
             )
             return out[:, None], new
 
@@ -189,6 +211,11 @@ def cached_attention(config, layout: caches.CacheLayout, lengths_B, prompt_slots
         return jax.lax.switch(group, [lambda g=g: look(g) for g in range(len(layout.groups))])
 
     return attend
+
+
+def _kernel(config) -> str | None:
+    """The implementation of what kernels do: XLA's alone where `config.attention` says so, as it does on a mesh."""
+    return "xla" if config.attention in ("xla", "cudnn") else None
 
 
 def _pick(table, layer):

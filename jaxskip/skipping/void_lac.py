@@ -91,7 +91,7 @@ class LAC(Policy):
             h, cache, out, length, high, low = carry
             y, cache = network.attention(h, cache, index)
             feed = network.pick(feeds, index)
-            y = when(feed, lambda y: network.feed_forward(y, index), y)
+            y = network.feed_forward(y, index, feed)
             reached = _length(y)
             delta = reached - length
             first = index == layers[0]
@@ -160,7 +160,7 @@ class LACHalt(Policy):
                 high = jnp.maximum(high, jnp.max(delta, where=counted, initial=-jnp.inf))
                 low = jnp.minimum(low, jnp.min(delta, where=counted, initial=jnp.inf))
                 out, new = network.attention(h, cache, index)
-                out = when(network.pick(feeds, index), lambda out: network.feed_forward(out, index), out)
+                out = network.feed_forward(out, index, network.pick(feeds, index))
                 return out, new, reached, reached - length, high, low, self.alpha * (high - low)
 
             def pass_on(h, cache):  # what else attention computes has no use and is not compiled

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxskip.models import DECODER_PARTITION_RULES, decoder
+from jaxskip.models import DECODER_PARTITION_RULES, decoder, fuse_projections
 from jaxskip.skipping import (
     FFNSkip,
     Policy,
@@ -151,6 +151,18 @@ def test_decoding_executes_exactly_the_blocks_of_the_loop(granularity, rows, unr
     assert (np.asarray(executed)[:, 0] == 22).all()
     if granularity == "token":
         assert union.sum() > ran[:, :, 1:-1].sum(axis=(0, 2)).max()  # each row alone would have skipped more
+
+
+@pytest.mark.parametrize("granularity", ["batch", pytest.param("token", marks=pytest.mark.slow)])
+def test_fused_and_unrolled_layers_generate_the_same(granularity):
+    """Blocks that are handed the decision, against conditionals around them."""
+    policy = dataclasses.replace(OPEN, granularity=granularity)
+    prompts = [TEXT[0, :9].tolist(), TEXT[1, :3].tolist()]
+    expected = generate(LLAMA, params(LLAMA), prompts, max_new_tokens=8, policy=policy)
+    fused, config = fuse_projections(params(LLAMA), LLAMA)
+    found = generate(config, unstack_layers(fused), prompts, max_new_tokens=8, policy=policy)
+    assert [x.tolist() for x in found.tokens] == [x.tolist() for x in expected.tokens]
+    assert found.ran.tolist() == expected.ran.tolist() and 0 < found.share_skipped[1] < 1
 
 
 @pytest.mark.slow
