@@ -128,13 +128,10 @@ class Network:
         For one new token a sequence, and weights as they lie in fused layers that are a tuple, it is one op that is
         handed `run`: a kernel may then do without a conditional, whose ends take longer on a GPU than many a block.
         """
-        weights = self._gated_mlp(layer) if h_BxTxD.shape[1] == 1 else None
+        decided = isinstance(run, bool | np.bool_)
+        weights = None if decided or h_BxTxD.shape[1] > 1 else self._gated_mlp(layer)
         if weights is None:
             return when(run, lambda h: self._block(layer, "feed_forward", h), h_BxTxD)
-        if isinstance(run, bool | np.bool_):
-            if not run:
-                return h_BxTxD
-            run = None
         kernel, epsilon = _kernel(self.config), self.config.norm_eps
         return gated_mlp(h_BxTxD[:, 0], *weights, run=run, epsilon=epsilon, implementation=kernel)[:, None]
 

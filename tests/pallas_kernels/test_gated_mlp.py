@@ -109,7 +109,7 @@ def test_splits_cover_the_matrices_and_fill_the_device(name, batch):
     ):
         assert rows % split.rows == 0 and columns % (split.depth * split.parts) == 0
         blocks = rows // split.rows * split.parts
-        assert blocks >= 128 and split.stages <= columns // (split.depth * split.parts)
+        assert blocks >= 96 and split.stages <= columns // (split.depth * split.parts)
         # What 4.8 TB/s need to cover 0.9 microseconds of latency, or most of the matrix, is on its way.
         under_way = min(blocks, 2 * 132) * split.stages * tiles * split.rows * split.depth * 2
         assert under_way >= min(132 * 33 * 1024, 0.9 * 2 * tiles * rows * columns)
@@ -168,14 +168,17 @@ print(json.dumps(found))
 @needs_cuda_plugin
 @pytest.mark.gpu_aot
 def test_compiles_for_hopper_without_spills(record_property):
-    """Around the two kernels there is one of XLA, which adds. Memory: hidden values, and at most 8 parts of the sum."""
+    """Around the two kernels there is one of XLA, which adds. Memory: hidden values, and at most 8 parts of the sum.
+
+    Registers: three thread blocks of 128 threads to a multiprocessor, which has 65,536.
+    """
     shapes = [(batch, *shape) for shape in SHAPES.values() for batch in (1, 32)]
     found = compile_in_a_process(COMPILE, H200, json.dumps(shapes), environment=GPU)
     record_property("found", found)
     assert found["fusions"] == [1] * len(shapes)
     for (batch, width, hidden), temporary in zip(shapes, found["temporary"], strict=True):
         assert temporary <= batch * (2 * hidden + 8 * 4 * width)
-    assert found["spilled"] == 0 and len(found["registers"]) >= 2 * len(shapes) and max(found["registers"]) <= 128
+    assert found["spilled"] == 0 and len(found["registers"]) >= 2 * len(shapes) and max(found["registers"]) <= 168
 
 
 @pytest.mark.gpu
