@@ -286,7 +286,7 @@ _COLORS = {
 
 def _figure(points: dict, key: str, unit: str, title: str, config: Config):
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     sizes = sorted({v for found in points.values() for v in found})
@@ -299,8 +299,10 @@ def _figure(points: dict, key: str, unit: str, title: str, config: Config):
                 axes.plot(*zip(*known, strict=True), style, marker="o", markersize=4, color=_COLORS[row], label=label)
         axes.set(xlabel="vocabulary size", ylabel=unit, xscale="log", yscale="log")
         axes.set_xticks(sizes, [f"{v:,}" for v in sizes])
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_minor_formatter(NullFormatter())
         axes.set_title("forward" if forward else "forward + backward", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
