@@ -97,8 +97,8 @@ def compile_table(paths: Sequence[Path], topology: Topology, order: Literal["1f1
       paths: of the M microbatches, see `plan`; each origin starts its own in this order.
       topology: of N nodes.
       order:
-        "1f1b": no more than ``topology.memory`` microbatches of an origin under way; a path of L stages is never short
-          of work with 2 L - 1 of them.
+        "1f1b": no more than ``topology.memory`` microbatches of an origin under way; with 2 L - 1 of them, the origin
+          of a full pipeline of L stages has work in every turn.
         "gpipe": all forward passes come before the first head; every node keeps the inputs of all its microbatches.
 
     Raises ValueError for paths that are none and for another order.
