@@ -72,13 +72,22 @@ def kernels():
     jax.clear_caches()
 
 
-# Batches below 8, of no multiple of 8, and of one; widths of several steps, that wrap around the ring.
+# Batches below 8, of no multiple of 8, and of one; widths of several steps, that wrap around the ring; rows and steps
+# as wide as for large matrices.
 @pytest.mark.parametrize(
-    ("batch", "width", "hidden", "dtype"),
-    [(1, 128, 64, "bfloat16"), (5, 64, 128, "float16"), (16, 128, 128, "bfloat16"), (9, 320, 64, "bfloat16")],
+    ("batch", "width", "hidden", "dtype", "rows"),
+    [
+        (1, 128, 64, "bfloat16", 8),
+        (5, 64, 128, "float16", 8),
+        (16, 128, 128, "bfloat16", 8),
+        (9, 320, 64, "bfloat16", 8),
+        (2, 512, 128, "bfloat16", 64),
+    ],
 )
-def test_interpreted_kernels_equal_the_definition(kernels, monkeypatch, batch, width, hidden, dtype):
+def test_interpreted_kernels_equal_the_definition(kernels, monkeypatch, batch, width, hidden, dtype, rows):
     monkeypatch.setattr(kernels, "_MOST_STAGES", 2)
+    monkeypatch.setattr(kernels, "_ENOUGH", 1 if rows == 64 else kernels._ENOUGH)
+    assert kernels.gate_up_split(batch, width, hidden).rows == rows
     operands = problem(batch, width, hidden, dtype)
     check(kernels.block(**operands, run=None, epsilon=1e-5), operands)
     check(kernels.block(**operands, run=jnp.bool_(True), epsilon=0.5), operands, 0.5)
