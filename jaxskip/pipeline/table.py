@@ -90,8 +90,9 @@ def compile_table(paths: Sequence[Path], topology: Topology, order: Literal["1f1
     """Schedules the microbatches in ticks, an operation of a node being one, by list scheduling.
 
     A tick is all forward, all heads or all backward, in turns as far as there is such work: nodes that exchange
-    messages at the end of a tick then wait for operations as long as their own. A node sends and receives at most one
-    message a tick, so that what would make a second one arrive is done later.
+    messages at the end of a tick then wait for operations as long as their own. Heads also join the other ticks, on
+    nodes that would be idle. A node sends and receives at most one message a tick, so that what would make a second one
+    arrive is done later.
 
     Args:
       paths: of the M microbatches, see `plan`; each origin starts its own in this order.
@@ -104,7 +105,7 @@ def compile_table(paths: Sequence[Path], topology: Topology, order: Literal["1f1
     Raises ValueError for paths that are none and for another order.
 
     >>> table = compile_table([(0, 1), (0, 1)], Topology([[0], [1]], memory=2), order="gpipe")
-    >>> table.op.tolist() == [[F0, 0], [F0, F], [0, F], [H, 0], [0, B], [H, 0], [B0, B], [B0, 0]]
+    >>> table.op.tolist() == [[F0, 0], [F0, F], [0, F], [H, 0], [H, B], [B0, B], [B0, 0]]
     True
     >>> table.permutations[table.permutation[1]]
     ((0, 1), (1, 0))
@@ -159,33 +160,35 @@ def _schedule(steps, origins, topology, order) -> list[list[int]]:
     forward_left = sum(len(mine) // 2 for mine in steps)
 
     def startable(phase) -> list[int]:
-        """Microbatches whose next step can share a tick; those under way come before new ones."""
-        if order == "gpipe" and forward_left and F not in phase:
-            return []
+        """Microbatches whose next step can share a tick: those of the phase, then heads on nodes that have no such."""
         following = {i: mine[len(done[i])] for i, mine in enumerate(steps) if len(done[i]) < len(mine)}
-        waiting = [i for i, step in following.items() if step.op in phase]
         busy, receiving, chosen = set(), set(), []
-        for i in sorted(waiting, key=lambda i: following[i].op == F0):
-            step = following[i]
-            full = order == "1f1b" and step.op == F0 and under_way[origins[i]] == topology.memory
-            if full or step.node in busy or step.destination in receiving:
-                continue
-            busy.add(step.node)
-            if step.destination is not None:
-                receiving.add(step.destination)
-            chosen.append(i)
+        for ops in (phase, (H,)):
+            if order == "gpipe" and forward_left and F not in ops:
+                break
+            waiting = [i for i, step in following.items() if step.op in ops]
+            for i in sorted(waiting, key=lambda i: following[i].op == F0):  # those under way come before new ones
+                step = following[i]
+                full = order == "1f1b" and step.op == F0 and under_way[origins[i]] == topology.memory
+                if full or step.node in busy or step.destination in receiving:
+                    continue
+                busy.add(step.node)
+                if step.destination is not None:
+                    receiving.add(step.destination)
+                chosen.append(i)
+            if not chosen:
+                break
         return chosen
 
     left, tick, turns = sum(map(len, steps)), 0, deque(_PHASES)
     while left:
-        chosen = next(found for phase in turns if (found := startable(phase)))
+        phase, chosen = next((phase, found) for phase in turns if (found := startable(phase)))
         for i in chosen:
             op = steps[i][len(done[i])].op
             under_way[origins[i]] += (op == F0) - (op == B0)
             forward_left -= op in (F, F0)
             done[i].append(tick)
-        while op not in turns[-1]:
-            turns.rotate(-1)
+        turns.rotate(-1 - turns.index(phase))
         left -= len(chosen)
         tick += 1
     return done
