@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -57,6 +58,17 @@ def compile_in_a_process(program: str, *arguments: str, environment: dict[str, s
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def compile_mosaic_kernels(program: str, *arguments: str, folder: pathlib.Path):
+    """`compile_in_a_process` for a GPU, and what the assembler said of the Mosaic kernels: bytes "spilled" by all, and
+    "registers" of each (none by JAX that does not write it into the empty `folder`)."""
+    dump = {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_TO": str(folder)}
+    found = compile_in_a_process(program, *arguments, environment=GPU | dump)
+    text = "".join(path.read_text() for path in folder.glob("*.ptxas"))
+    found["spilled"] = sum(map(int, re.findall(r"(\d+) bytes spill", text)))
+    found["registers"] = list(map(int, re.findall(r"Used (\d+) registers", text)))
+    return found
 
 
 # Compiles the training step of a preset with Sophia's state on all devices of a topology, laid along "fsdp".

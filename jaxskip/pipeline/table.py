@@ -16,7 +16,8 @@ from jaxskip.pipeline.simulate import Path, check_paths
 
 IDLE, F, B, F0, H, B0 = range(6)
 TRASH = 0
-_PHASES = ((F, F0), (H,), (B, B0))
+# Kinds of tick: the operations that it is for, and those that join on nodes which have none of these.
+_KINDS = (((F, F0), (H,)), ((H,), (F, F0)), ((B, B0), (H,)))
 _ORDERS = ("1f1b", "gpipe")
 
 
@@ -89,17 +90,16 @@ class _Step(NamedTuple):
 def compile_table(paths: Sequence[Path], topology: Topology, order: Literal["1f1b", "gpipe"] = "1f1b") -> Table:
     """Schedules the microbatches in ticks, an operation of a node being one, by list scheduling.
 
-    A tick is all forward, all heads or all backward, in turns as far as there is such work: nodes that exchange
-    messages at the end of a tick then wait for operations as long as their own. Heads also join the other ticks, on
-    nodes that would be idle. A node sends and receives at most one message a tick, so that what would make a second one
-    arrive is done later.
+    Ticks are for forward passes, for heads and for backward passes, in turns as far as there is such work. Heads join
+    the other ticks, and forward passes those of heads, on nodes that would be idle; no tick has forward and backward
+    passes, for nodes that exchange messages end it together. A node sends and receives at most one message a tick, so
+    that what would make a second one arrive is done later.
 
     Args:
       paths: of the M microbatches, see `plan`; each origin starts its own in this order.
       topology: of N nodes.
       order:
-        "1f1b": no more than ``topology.memory`` microbatches of an origin under way; with 2 L - 1 of them, the origin
-          of a full pipeline of L stages has work in every turn.
+        "1f1b": no more than ``topology.memory`` microbatches of an origin under way.
         "gpipe": all forward passes come before the first head; every node keeps the inputs of all its microbatches.
 
     Raises ValueError for paths that are none and for another order.
@@ -159,11 +159,11 @@ def _schedule(steps, origins, topology, order) -> list[list[int]]:
     done: list[list[int]] = [[] for _ in steps]
     forward_left = sum(len(mine) // 2 for mine in steps)
 
-    def startable(phase) -> list[int]:
-        """Microbatches whose next step can share a tick: those of the phase, then heads on nodes that have no such."""
+    def startable(kind) -> list[int]:
+        """Microbatches whose next step can be done in a tick of that kind."""
         following = {i: mine[len(done[i])] for i, mine in enumerate(steps) if len(done[i]) < len(mine)}
         busy, receiving, chosen = set(), set(), []
-        for ops in (phase, (H,)):
+        for ops in kind:
             if order == "gpipe" and forward_left and F not in ops:
                 break
             waiting = [i for i, step in following.items() if step.op in ops]
@@ -180,15 +180,15 @@ def _schedule(steps, origins, topology, order) -> list[list[int]]:
                 break
         return chosen
 
-    left, tick, turns = sum(map(len, steps)), 0, deque(_PHASES)
+    left, tick, turns = sum(map(len, steps)), 0, deque(_KINDS)
     while left:
-        phase, chosen = next((phase, found) for phase in turns if (found := startable(phase)))
+        kind, chosen = next((kind, found) for kind in turns if (found := startable(kind)))
         for i in chosen:
             op = steps[i][len(done[i])].op
             under_way[origins[i]] += (op == F0) - (op == B0)
             forward_left -= op in (F, F0)
             done[i].append(tick)
-        turns.rotate(-1 - turns.index(phase))
+        turns.rotate(-1 - turns.index(kind))
         left -= len(chosen)
         tick += 1
     return done

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import dispatch
 from pallas_kernels.group_rational import chunked, group_rational, reference
-from tests.aot import GPU, H200, compile_in_a_process, needs_cuda_plugin
+from tests.aot import H200, compile_mosaic_kernels, needs_cuda_plugin
 
 XLA = ("reference", "chunked")
 # Shape of x, groups of numerator and denominator, degrees.
@@ -287,9 +287,7 @@ def test_hopper_tiles():
 
 
 COMPILE = """
-import glob, json, os, re, sys, tempfile
-folder = tempfile.mkdtemp()
-os.environ.update(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_TO=folder)
+import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec as P
@@ -308,9 +306,6 @@ with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     for name, (f, arguments) in passes.items():
         memory = jax.jit(f).lower(*arguments).compile().memory_analysis()
         found[name] = memory.temp_size_in_bytes / 2**20
-text = "".join(open(path).read() for path in glob.glob(folder + "/*.ptxas"))
-found["spilled"] = sum(int(n) for n in re.findall(r"(\\d+) bytes spill", text))
-found["registers"] = [int(n) for n in re.findall(r"Used (\\d+) registers", text)]
 print(json.dumps(found))
 """
 
@@ -318,11 +313,11 @@ print(json.dumps(found))
 @needs_cuda_plugin
 @pytest.mark.gpu_aot
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_compiles_for_hopper_without_spills(dtype, record_property):
+def test_compiles_for_hopper_without_spills(dtype, record_property, tmp_path):
     """Memory beyond inputs and results: the blocks' sums. Registers: as many as let the intended blocks run at once."""
     from pallas_kernels.group_rational import mosaic_gpu
 
-    found = compile_in_a_process(COMPILE, H200, dtype, "mosaic_gpu", "1024", "197", "768", environment=GPU)
+    found = compile_mosaic_kernels(COMPILE, H200, dtype, "mosaic_gpu", "1024", "197", "768", folder=tmp_path)
     record_property("found", found)
     print(found)
     assert found["forward"] < 0.1 and found["backward"] < 10
@@ -335,9 +330,9 @@ def test_compiles_for_hopper_without_spills(dtype, record_property):
 
 @needs_cuda_plugin
 @pytest.mark.gpu_aot
-def test_awkward_shapes_compile_for_hopper():
+def test_awkward_shapes_compile_for_hopper(tmp_path):
     """192 channels, 197 rows: padded to whole tiles, which costs copies of x, g and dx (0.15 MB each)."""
-    found = compile_in_a_process(COMPILE, H200, "float32", "mosaic_gpu", "1", "197", "192", environment=GPU)
+    found = compile_mosaic_kernels(COMPILE, H200, "float32", "mosaic_gpu", "1", "197", "192", folder=tmp_path)
     assert found["spilled"] == 0 and found["backward"] < 16
 
 
