@@ -72,10 +72,7 @@ def gated_mlp(
 def reference(x, norm_scale, gate_up, down, epsilon):
     """The definition, in float32, or float64 for float64 inputs; only the result is rounded."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    x_wide, norm_scale, gate_up, down = (v.astype(wide) for v in (x, norm_scale, gate_up, down))
-    n = x_wide * jax.lax.rsqrt(jnp.mean(x_wide**2, axis=1, keepdims=True) + epsilon) * norm_scale[None]
-    gate, up = n @ gate_up[0].T, n @ gate_up[1].T
-    return (x_wide + (jax.nn.silu(gate) * up) @ down.T).astype(x.dtype)
+    return _xla(*(v.astype(wide) for v in (x, norm_scale, gate_up, down)), epsilon).astype(x.dtype)
 
 
 def _xla(x, norm_scale, gate_up, down, epsilon):
