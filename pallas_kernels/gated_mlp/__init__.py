@@ -72,7 +72,8 @@ def gated_mlp(
 def reference(x, norm_scale, gate_up, down, epsilon):
     """The definition, in float32, or float64 for float64 inputs; only the result is rounded."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    return _xla(*(v.astype(wide) for v in (x, norm_scale, gate_up, down)), epsilon).astype(x.dtype)
+    x_wide, scale, gate_up, down = (v.astype(wide) for v in (x, norm_scale, gate_up, down))
+    return _xla(x_wide, scale, gate_up, down, epsilon).astype(x.dtype)
 
 
 def _xla(x, norm_scale, gate_up, down, epsilon):
