@@ -50,13 +50,30 @@ def mosaic_tpu(target: Target) -> str | None:
     """The registry entry of a Pallas kernel for TPU."""
     if target.platform != "tpu" or device_kind() in ("TPU v2", "TPU v3"):
         return "needs a TPU v4 or later"
+    attached = [device for device in jax.local_devices() if device.platform == "tpu"]
+    return _indivisible() or (mosaic_tpu_refusal(attached[0]) if attached else None)
+
+
+def mosaic_gpu(target: Target) -> str | None:
+    """The registry entry of a Pallas kernel for NVIDIA Hopper."""
+    if target.platform != "gpu" or target.compute_capability != (9, 0):
+        return "needs an NVIDIA Hopper GPU"
+    return _indivisible()
+
+
+def triton(target: Target) -> str | None:
+    """The registry entry of a Triton kernel, before it is asked which GPUs it takes."""
+    return "needs an NVIDIA GPU" if target.platform != "gpu" else _indivisible()
+
+
+def _indivisible() -> str | None:
+    """Why the mesh that is set allows no kernel (None: it does): XLA would have to split it over some axis."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     split = [name for name, size in mesh.shape.items() if size > 1 and kinds[name] != jax.sharding.AxisType.Manual]
     if split:
         return f"cannot be partitioned by XLA over the mesh axes {split}: call it inside jax.shard_map"
-    attached = [device for device in jax.local_devices() if device.platform == "tpu"]
-    return mosaic_tpu_refusal(attached[0]) if attached else None
+    return None
 
 
 @functools.cache

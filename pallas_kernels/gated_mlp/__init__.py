@@ -89,8 +89,8 @@ def _chosen(x, gate_up, implementation: str | None) -> str:
     (batch, width), hidden = x.shape, gate_up.shape[1]
 
     def mosaic_gpu(target: dispatch.Target) -> str | None:
-        if target.platform != "gpu" or target.compute_capability != (9, 0):
-            return "needs an NVIDIA Hopper GPU"
+        if reason := dispatch.mosaic_gpu(target):
+            return reason
         if x.dtype.itemsize != 2 or not 1 <= batch <= 64 or width % 64 or hidden % 64 or not 0 < width <= 16384:
             return (
                 "takes 1 to 64 tokens of bfloat16 or float16, D up to 16384, D and F multiples of 64, "

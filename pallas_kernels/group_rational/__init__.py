@@ -116,17 +116,13 @@ def _chosen(implementation: str | None, x: jax.Array) -> str:
     """The name of the implementation to use: a module of this package. The registry lists them best first."""
 
     def mosaic_gpu(target: dispatch.Target) -> str | None:
-        if target.platform != "gpu" or target.compute_capability != (9, 0):
-            return "needs an NVIDIA Hopper GPU"
-        if x.dtype == jnp.float64:
-            return "reads bfloat16, float16 or float32, not float64"
-        return None
+        if reason := dispatch.mosaic_gpu(target):
+            return reason
+        return "reads bfloat16, float16 or float32, not float64" if x.dtype == jnp.float64 else None
 
     def triton(target: dispatch.Target) -> str | None:
-        if target.platform != "gpu":
-            return "needs an NVIDIA GPU"
         # It needs jax-triton too, which is optional: where that is missing, None goes on to what comes next.
-        return importlib.import_module(f"{__name__}.triton").unavailable(x.dtype, target)
+        return dispatch.triton(target) or importlib.import_module(f"{__name__}.triton").unavailable(x.dtype, target)
 
     def mosaic_tpu(target: dispatch.Target) -> str | None:
         if x.dtype == jnp.float64:

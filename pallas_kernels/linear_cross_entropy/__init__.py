@@ -247,17 +247,13 @@ def _chosen(op: str, implementation: str | None, operands: tuple[Any, Any, Any])
     dtype = jnp.promote_types(operands[0].dtype, operands[1].dtype)
 
     def mosaic_gpu(target: dispatch.Target) -> str | None:
-        if target.platform != "gpu" or target.compute_capability != (9, 0):
-            return "needs an NVIDIA Hopper GPU"
-        if dtype.itemsize != 2:
-            return f"reads bfloat16 or float16, not {dtype}"
-        return None
+        if reason := dispatch.mosaic_gpu(target):
+            return reason
+        return f"reads bfloat16 or float16, not {dtype}" if dtype.itemsize != 2 else None
 
     def triton(target: dispatch.Target) -> str | None:
-        if target.platform != "gpu":
-            return "needs an NVIDIA GPU"
         # It needs jax-triton too, which is optional: where that is missing, None goes on to what comes next.
-        return importlib.import_module(f"{__name__}.triton").unavailable(dtype, target)
+        return dispatch.triton(target) or importlib.import_module(f"{__name__}.triton").unavailable(dtype, target)
 
     def mosaic_tpu(target: dispatch.Target) -> str | None:
         if dtype == jnp.float64:

@@ -174,17 +174,17 @@ def _chosen(implementation: str | None, q: jax.Array) -> str:
     """The name of the implementation to use: a module of this package. The registry lists them best first."""
 
     def mosaic_gpu(target: dispatch.Target) -> str | None:
-        if target.platform != "gpu" or target.compute_capability != (9, 0):
-            return "needs an NVIDIA Hopper GPU"
+        if reason := dispatch.mosaic_gpu(target):
+            return reason
         if q.dtype.itemsize != 2 or q.shape[-1] not in (64, 128):
             return f"reads bfloat16 or float16 heads of width 64 or 128, not {q.dtype} of {q.shape[-1]}"
         return None
 
     def triton(target: dispatch.Target) -> str | None:
-        if target.platform != "gpu":
-            return "needs an NVIDIA GPU"
         # It needs jax-triton too, which is optional: where that is missing, None goes on to what comes next.
-        return importlib.import_module(f"{__name__}.triton").unavailable(q.dtype, q.shape[-1], target)
+        return dispatch.triton(target) or importlib.import_module(f"{__name__}.triton").unavailable(
+            q.dtype, q.shape[-1], target
+        )
 
     def mosaic_tpu(target: dispatch.Target) -> str | None:
         if q.dtype not in (jnp.bfloat16, jnp.float32):

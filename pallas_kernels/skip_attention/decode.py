@@ -136,8 +136,8 @@ def _xla(query, keys, values, visible_BxS, scale):
 
 def _chosen(query, implementation: str | None) -> str:
     def mosaic_gpu(target: dispatch.Target) -> str | None:
-        if target.platform != "gpu" or target.compute_capability != (9, 0):
-            return "needs an NVIDIA Hopper GPU"
+        if reason := dispatch.mosaic_gpu(target):
+            return reason
         if query.dtype.itemsize != 2 or query.shape[-1] not in (64, 128):
             return f"reads bfloat16 or float16 heads of width 64 or 128, not {query.dtype} of {query.shape[-1]}"
         return None

@@ -7,17 +7,17 @@ import sys
 
 import jax
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Target
 
 
-def mesh_of(device_kind: str, platform: str) -> AbstractMesh:
+def mesh_of(device_kind: str, platform: str, axis_sizes=(1,), axis_names=("d",), **axis_types) -> AbstractMesh:
     """The mesh that an ahead-of-time compilation for this device sets; the platform is named from JAX 0.8 on."""
     named = {"platform": platform} if "platform" in inspect.signature(AbstractDevice).parameters else {}
     device = AbstractDevice(device_kind=device_kind, num_cores=None, **named)
-    return AbstractMesh((1,), ("d",), abstract_device=device)
+    return AbstractMesh(axis_sizes, axis_names, abstract_device=device, **axis_types)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,31 @@ def test_choose_refuses_with_the_reason():
         dispatch.choose("op", None, {"kernel": hopper_only})
     with pytest.raises(ValueError, match=r"'fast' does not exist; use one of \['chunked', 'kernel'\]"):
         dispatch.choose("op", "fast", REGISTRY)
+
+
+@pytest.mark.parametrize(
+    ("entry", "device"),
+    [
+        (dispatch.mosaic_gpu, ("NVIDIA H200", "gpu")),
+        (dispatch.triton, ("Tesla T4", "gpu")),
+        (dispatch.mosaic_tpu, ("TPU v5 lite", "tpu")),
+    ],
+)
+def test_a_kernel_is_refused_where_xla_would_have_to_split_it(entry, device):
+    registry = {"kernel": entry, "chunked": dispatch.anywhere}
+    split = mesh_of(*device, (4, 2, 1), ("data", "tensor", "one"))
+    by_hand = mesh_of(*device, (4, 2, 1), ("data", "tensor", "one"), axis_types=(AxisType.Manual,) * 3)
+    in_part = mesh_of(
+        *device, (4, 2, 1), ("data", "tensor", "one"), axis_types=(AxisType.Auto, AxisType.Manual, AxisType.Auto)
+    )
+    with jax.sharding.use_abstract_mesh(split):
+        assert dispatch.choose("op", None, registry) == "chunked"
+        with pytest.raises(NotImplementedError, match=r"over the mesh axes \['data', 'tensor'\]: .* jax\.shard_map"):
+            dispatch.choose("op", "kernel", registry)
+    with jax.sharding.use_abstract_mesh(in_part), pytest.raises(NotImplementedError, match=r"axes \['data'\]:"):
+        dispatch.choose("op", "kernel", registry)
+    with jax.sharding.use_abstract_mesh(by_hand):
+        assert dispatch.choose("op", None, registry) == "kernel"
 
 
 def test_importing_starts_no_device():
