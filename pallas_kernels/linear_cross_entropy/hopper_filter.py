@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import hopper
-from pallas_kernels.linear_cross_entropy import hopper_product, hopper_tiles, slabs
+from pallas_kernels.linear_cross_entropy import hopper_product, hopper_tiles, slabs, spread
 from pallas_kernels.linear_cross_entropy.chunked import loop_over_tiles
 from pallas_kernels.manual_axes import varying_like
 
@@ -57,28 +57,37 @@ def gradients(spec, e, c, labels, z_label, lse, g, h, scale, maxima, logit_gradi
 
         order = jnp.argsort(row, stable=True)
         starts = jnp.searchsorted(row[order], jnp.arange(tokens + 1, dtype=jnp.int32)).astype(jnp.int32)
-        # In fixed point differences of a cumulative sum are exact, also where it wraps around.
-        fixed = jnp.cumsum(jnp.round(p_all[order] * 2.0**24).astype(jnp.uint32), dtype=jnp.uint32)
-        fixed = jnp.pad(fixed, (1, 0))
-        kept = (fixed[starts[1:]] - fixed[starts[:-1]]).astype(jnp.float32) * 2.0**-24
+
+        def kept(share):
+            """The sum of the entries that each token keeps."""
+            # In fixed point differences of a cumulative sum are exact, also where it wraps around.
+            fixed = jnp.cumsum(jnp.round(share[order] * 2.0**24).astype(jnp.uint32), dtype=jnp.uint32)
+            fixed = jnp.pad(fixed, (1, 0))
+            return (fixed[starts[1:]] - fixed[starts[:-1]]).astype(jnp.float32) * 2.0**-24
+
+        prior, background = spread.prior(spec, e, c, g + h != 0)
+        own_prior = jnp.take(prior, column, mode="clip")
         left_out = vocabulary - (starts[1:] - starts[:-1])
-        even = jnp.where(left_out > 0, jnp.maximum(1 - kept, 0) / jnp.maximum(left_out, 1), 0) * (g + h)
-        weight = (weight - even[own]) * scale
-        background = (even - spec.label_smoothing / spec.classes * g) * scale
+        mass, left_of_prior = jnp.maximum(1 - kept(p_all), 0), prior.sum() - kept(own_prior)
+        # Of what is left out of tiles that hold an entry to keep only eps is known.
+        most = jnp.minimum(jnp.exp(maxima.max(0)[:tokens].astype(jnp.float32) - lse), spec.filter_eps)
+        multiple, even = (rate * (g + h) for rate in spread.rates(spec.filter_eps, mass, most, left_out, left_of_prior))
+        weight = (weight - even[own] - multiple[own] * jnp.take(background, column, mode="clip")) * scale
+        multiple, even = multiple * scale, (even - spec.label_smoothing / spec.classes * g) * scale
 
         axis = spec.classifier_layout.index("v")
         by_entry = c if axis == 0 else c.T
-        de = row_sums(
-            by_entry, column[order], weight[order], starts, background, c.sum(axis, dtype=jnp.float32), e.dtype
-        )
+        wide = by_entry.astype(jnp.float32)
+        bases = jnp.stack([wide.sum(0), (background[:, None] * wide).sum(0)])
+        de = row_sums(by_entry, column[order], weight[order], starts, jnp.stack([even, multiple]), bases, e.dtype)
         if not spec.filter_classifier:
             return de, jnp.zeros((), c.dtype)
         order = jnp.argsort(column, stable=True)
         starts = jnp.searchsorted(column[order], jnp.arange(vocabulary + 1, dtype=jnp.int32)).astype(jnp.int32)
         # No product of XLA's anywhere here: each would have 32 MiB of workspace.
-        total = (background[:, None] * e.astype(jnp.float32)).sum(0)
-        ones = jnp.ones(vocabulary, jnp.float32)
-        dc = row_sums(e, own[order], weight[order], starts, ones, total, c.dtype)
+        bases = jnp.stack([(rate[:, None] * e.astype(jnp.float32)).sum(0) for rate in (even, multiple)])
+        factors = jnp.stack([jnp.ones(vocabulary, jnp.float32), background])
+        dc = row_sums(e, own[order], weight[order], starts, factors, bases, c.dtype)
         return de, dc if axis == 0 else dc.T
 
     def exact():
@@ -201,14 +210,14 @@ def _entries(spec, e, c, labels, lse, gh, maxima):
     return row, column, p, jnp.where(fits, counts, capacity + 1)
 
 
-def row_sums(x, index, weight, starts, factor, base, dtype):
-    """factor[i] * base + sum of weight[k] * x[index[k]] over k from starts[i] to starts[i + 1], for each i."""
-    width, rows, together = x.shape[1], factor.shape[0], 4
-    x, base = hopper_tiles.padded(x, (1, 128)), hopper_tiles.padded(base, (128,))
+def row_sums(x, index, weight, starts, factors, bases, dtype):
+    """factors[:, i] @ bases + sum of weight[k] * x[index[k]] over k from starts[i] to starts[i + 1], for each i."""
+    width, (terms, rows), together = x.shape[1], factors.shape, 4
+    x, bases = (hopper_tiles.padded(values, (1, 128)) for values in (x, bases))
     rows_a_block = pl.cdiv(rows, 32 * hopper.MULTIPROCESSORS)
 
-    def body(x_g, index_g, weight_g, starts_g, factor_g, base_g, out_g):
-        base = base_g[...]
+    def body(x_g, index_g, weight_g, starts_g, factors_g, bases_g, out_g):
+        bases = [bases_g[n] for n in range(terms)]
 
         def row(r, _):
             i = lax.axis_index("block") * rows_a_block + r
@@ -216,6 +225,7 @@ def row_sums(x, index, weight, starts, factor, base, dtype):
             @pl.when(i < rows)
             def _():
                 first, last = starts_g[i], starts_g[i + 1]
+                base = sum(factors_g[n, i] * base for n, base in enumerate(bases))
 
                 def add(step, total):
                     for n in range(together):  # several rows on their way at once
@@ -224,7 +234,7 @@ def row_sums(x, index, weight, starts, factor, base, dtype):
                         total += w * x_g[index_g[k]].astype(jnp.float32)
                     return total
 
-                total = lax.fori_loop(0, (last - first + together - 1) // together, add, factor_g[i] * base)
+                total = lax.fori_loop(0, (last - first + together - 1) // together, add, base)
                 out_g[i] = total.astype(dtype)
 
         lax.fori_loop(0, rows_a_block, row, None)
@@ -236,5 +246,5 @@ def row_sums(x, index, weight, starts, factor, base, dtype):
         grid_names=("block",),
         compiler_params=hopper.PARAMS,
     )
-    operands = x, index, weight, starts, factor, base
+    operands = x, index, weight, starts, factors, bases
     return varying_like(operands, kernel(*operands))[:, :width]

@@ -138,6 +138,6 @@ def _of_labels(spec, e, labels, weight, vocabulary):
     entry = jnp.where(labels >= 0, labels, vocabulary)
     order = jnp.argsort(entry, stable=True)
     starts = jnp.searchsorted(entry[order], jnp.arange(vocabulary + 1, dtype=jnp.int32)).astype(jnp.int32)
-    none = jnp.zeros(vocabulary, jnp.float32), jnp.zeros(e.shape[1], jnp.float32)
+    none = jnp.zeros((1, vocabulary), jnp.float32), jnp.zeros((1, e.shape[1]), jnp.float32)
     sums = hopper_filter.row_sums(e, order.astype(jnp.int32), weight[order], starts, *none, jnp.float32)
     return sums if spec.classifier_layout == "vd" else sums.T

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.linear_cross_entropy import noise
+from pallas_kernels.linear_cross_entropy import noise, spread
 from pallas_kernels.linear_cross_entropy.noise import Draw
 from pallas_kernels.linear_cross_entropy.reference import Spec
 from pallas_kernels.linear_cross_entropy.tpu_tiles import (
@@ -27,6 +27,7 @@ from pallas_kernels.linear_cross_entropy.tpu_tiles import (
     kept_tiles,
     kernel_dtype,
     lists,
+    most_left_out,
     operand_dtype,
     part_of,
     vocabulary_size,
@@ -189,44 +190,56 @@ def _backward(spec, e, c, b, labels, lse, g, h, scale, tops):
     count, width, vocabulary = *e.shape, vocabulary_size(spec, c)
     if count == 0:
         return jnp.zeros_like(e), jnp.zeros_like(c), None if b is None else jnp.zeros_like(b)
+    priors = spread.prior(spec, e, c, g + h != 0) if spec.filter_eps else None
     e, c, (labels, lse, gh, g) = _operands(spec, e, c, labels, lse, g + h, g)
     tiles = backward_tiles(spec, e, c, tops is not None)._replace(vocabulary=vocabulary)
     keep, active = kept_tiles(spec, tiles, labels[0], lse[0], gh[0], g[0], tops)
     # What smoothing takes off every entry, unless the kernels do.
     share = 0.0 if _dense(spec) else spec.label_smoothing / spec.classes
     vectors = [*(lax.bitcast_convert_type(x, jnp.int32) for x in (lse, gh, g)), labels]
+    if priors is not None:
+        vectors.append(lax.bitcast_convert_type(most_left_out(tiles, keep, lse[0], tops), jnp.int32)[None])
     operands = e, c, _bias(tiles, b), jnp.concatenate(vectors), scale.reshape(1)
-    de, pull = _embedding_gradient(spec, tiles, keep, active, share, *operands)
+    if priors is not None:
+        priors = [jnp.pad(x, (0, tiles.column_tiles * tiles.columns - vocabulary))[None] for x in priors]
+    de, pull = _embedding_gradient(spec, tiles, keep, active, share, priors, *operands)
     base = jnp.zeros_like(e, jnp.float32, shape=(1, e.shape[1]))
     if share:
         base -= share * _product(g, e.astype(jnp.float32))
+    bases = base[:, None]
     if pull is not None:
-        base += _product((~keep).astype(jnp.float32), pull)
-    dc, db = _classifier_gradient(spec, tiles, keep, active, base, *operands)
+        left_out = (~keep).astype(jnp.float32)
+        bases = jnp.stack([base + _product(left_out, pull[:, 0]), _product(left_out, pull[:, 1])], 1)
+    dc, db = _classifier_gradient(spec, tiles, keep, active, bases, priors, *operands)
     if db is not None and share:
         db -= share * g.sum() * scale
     dc = dc[:vocabulary, :width] if spec.classifier_layout == "vd" else dc[:width, :vocabulary]
     return de[:count, :width], dc, db
 
 
-def _embedding_gradient(spec, tiles, keep, active, share, e, c, bias, vectors, scale):
-    """(dE, and what each token tile adds to every row of the classifier's gradient that it leaves out, or None)."""
+def _embedding_gradient(spec, tiles, keep, active, share, priors, e, c, bias, vectors, scale):
+    """(dE, and what each token tile adds to every row of the classifier's gradient that it leaves out, and adds by the
+    prior, or None)."""
     width, filtering = e.shape[1], bool(spec.filter_eps)
     order, kept = lists(keep.T)
     last = tiles.vocabulary - (tiles.column_tiles - 1) * tiles.columns
     left_out = (~keep[:-1]).sum(0) * tiles.columns + ~keep[-1] * last
     steps = kept if spec.filter_embeddings else jnp.where(active, tiles.column_tiles, 0)
-    edges = jnp.zeros_like(e, jnp.float32, shape=(2, width))
+    # Sums of the classifier: over all entries, over those left out, and over these by the prior.
+    edges = jnp.zeros_like(e, jnp.float32, shape=(1, 3, width))
     if share:
-        edges = edges.at[1].set(_class_sum(spec, c))
-    edges = edges[None]
+        edges = edges.at[0, 0].set(_class_sum(spec, c))
+    rest = (~keep).T.astype(jnp.float32)
     if filtering and spec.filter_embeddings:
-        sums = _product((~keep).T.astype(jnp.float32), _tile_sums(spec, tiles, c))
-        edges = jnp.stack([sums, jnp.broadcast_to(edges[0, 1:], sums.shape)], 1)
+        sums = [_product(rest, sums) for sums in _tile_sums(spec, tiles, c, priors[1])]
+        edges = jnp.stack([jnp.broadcast_to(edges[0, :1], sums[0].shape), *sums], 1)
+    if filtering:
+        by_tile = priors[0].reshape(-1, tiles.columns).sum(1, keepdims=True)
+        scale = jnp.concatenate([scale, _product(rest, by_tile)[:, 0]])  # and what is left out of the prior
     outputs = {"de": (output_like(e, e.shape, kernel_dtype(spec.dtypes[0])), pl.BlockSpec((tiles.rows, width), _outer))}
     if filtering and spec.filter_classifier:
-        shape = output_like(e, (tiles.row_tiles, 1, width), jnp.float32)
-        outputs["pull"] = shape, pl.BlockSpec((None, 1, width), lambda i, *_: (i, 0, 0))
+        shape = output_like(e, (tiles.row_tiles, 2, width), jnp.float32)
+        outputs["pull"] = shape, pl.BlockSpec((None, 2, width), lambda i, *_: (i, 0, 0))
     per_tile = edges.shape[0] > 1
     results = pl.pallas_call(
         functools.partial(_embedding_kernel, spec, tiles, share),
@@ -237,8 +250,8 @@ def _embedding_gradient(spec, tiles, keep, active, share, e, c, bias, vectors, s
             in_specs=[
                 _list_block(order),
                 pl.BlockSpec((tiles.rows, width), _outer),
-                pl.BlockSpec((4, tiles.rows), lambda i, *_: (0, i)),
-                pl.BlockSpec((None, 2, width), lambda i, *_: (i if per_tile else 0, 0, 0)),
+                pl.BlockSpec((vectors.shape[0], tiles.rows), lambda i, *_: (0, i)),
+                pl.BlockSpec((None, 3, width), lambda i, *_: (i if per_tile else 0, 0, 0)),
                 pl.BlockSpec(memory_space=pl.ANY),
                 [pl.BlockSpec(memory_space=pl.ANY)] * len(bias),
             ],
@@ -252,8 +265,7 @@ def _embedding_gradient(spec, tiles, keep, active, share, e, c, bias, vectors, s
         cost_estimate=_backward_cost(tiles, _bytes(e), tiles.row_tiles * _bytes(c), c.size),
         name="linear_cross_entropy_embedding_gradient",
     )(jnp.stack([kept, steps, left_out]).astype(jnp.int32), scale, order, e, vectors, edges, c, bias)
-    pull = results["pull"][:, 0] if "pull" in results else None
-    return results["de"], pull
+    return results["de"], results.get("pull")
 
 
 def _embedding_kernel(
@@ -298,23 +310,29 @@ def _embedding_kernel(
 
     def finish(rows):
         lse, gh, g, _ = _unpacked(vectors_ref, rows)
-        rate = jnp.maximum(1 - mass[:, rows], 0) / jnp.maximum(left_out, 1).astype(jnp.float32)
-        rate = jnp.where(left_out > 0, rate, 0)
-        if spec.softcap is not None:
-            # The logit whose probability is the rate stands for all that are left out.
-            z = lse + jnp.log(jnp.maximum(rate, jnp.finfo(jnp.float32).tiny))
-            rate *= jnp.maximum(1 - (z / spec.softcap) ** 2, 0)
-        spread = _column(rate * gh)
-        de = acc[rows, :] + spread * edges_ref[:1, :] - _column(share * g) * edges_ref[1:, :]
+        de = acc[rows, :] - _column(share * g) * edges_ref[:1, :]
+        if spec.filter_eps:
+            most = lax.bitcast_convert_type(vectors_ref[4:, rows], jnp.float32)
+            rest = jnp.maximum(1 - mass[:, rows], 0)
+            multiple, rate = spread.rates(spec.filter_eps, rest, most, left_out, scale_ref[1 + i])
+            if spec.softcap is not None:
+                # The logit whose probability is the rate stands for all that are left out.
+                z = lse + jnp.log(jnp.maximum(rate, jnp.finfo(jnp.float32).tiny))
+                rate *= jnp.maximum(1 - (z / spec.softcap) ** 2, 0)
+            for k, added in enumerate((rate, multiple)):
+                added = _column(added * gh)
+                de += added * edges_ref[1 + k : 2 + k, :]
+                if "pull" in out:
+                    pulled = _over_entries(jnp.sum, added * e_ref[rows, :].astype(jnp.float32))
+                    out["pull"][k : k + 1, :] += pulled
         out["de"][rows, :] = (de * scale_ref[0]).astype(out["de"].dtype)
-        if "pull" in out:
-            out["pull"][...] += _over_entries(jnp.sum, spread * e_ref[rows, :].astype(jnp.float32))
 
     _by_parts(tiles, finish)
 
 
-def _classifier_gradient(spec, tiles, keep, active, base, e, c, bias, vectors, scale):
-    """(dC, db or None); ``base`` is added to every row of a tile, [column tiles or 1, D]."""
+def _classifier_gradient(spec, tiles, keep, active, bases, priors, e, c, bias, vectors, scale):
+    """(dC, db or None); to each row of a tile ``bases`` [column tiles or 1, 1 or 2, D] are added, the second by the
+    prior."""
     width, v_axis = e.shape[1], spec.classifier_layout.index("v")
     if not spec.filter_classifier:
         keep = jnp.broadcast_to(active[None], keep.shape)
@@ -325,7 +343,7 @@ def _classifier_gradient(spec, tiles, keep, active, base, e, c, bias, vectors, s
             output_like(e, (1, tiles.vocabulary), jnp.float32),
             pl.BlockSpec((1, tiles.columns), lambda j, *_: (0, j)),
         )
-    per_tile = base.shape[0] > 1
+    per_tile, by_prior = bases.shape[0] > 1, [priors[1]] if bases.shape[1] > 1 else []
     results = pl.pallas_call(
         functools.partial(_classifier_kernel, spec, tiles, v_axis),
         out_shape={name: shape for name, (shape, _) in outputs.items()},
@@ -336,7 +354,8 @@ def _classifier_gradient(spec, tiles, keep, active, base, e, c, bias, vectors, s
                 _list_block(order),
                 _classifier_block(spec, tiles, c, _first),
                 _bias_blocks(tiles, bias, _first),
-                pl.BlockSpec((None, 1, width), lambda j, *_: (j if per_tile else 0, 0, 0)),
+                pl.BlockSpec((None, bases.shape[1], width), lambda j, *_: (j if per_tile else 0, 0, 0)),
+                _bias_blocks(tiles, by_prior, _first),
                 pl.BlockSpec(memory_space=pl.ANY),
                 pl.BlockSpec(memory_space=pl.ANY),
             ],
@@ -349,7 +368,7 @@ def _classifier_gradient(spec, tiles, keep, active, base, e, c, bias, vectors, s
         compiler_params=_compiler_params("parallel"),
         cost_estimate=_backward_cost(tiles, _bytes(c), tiles.column_tiles * _bytes(e), c.size),
         name="linear_cross_entropy_classifier_gradient",
-    )(steps, scale, order, c, bias, base[:, None], e, vectors)
+    )(steps, scale, order, c, bias, bases, by_prior, e, vectors)
     return results["dc"], results["db"][0] if bias else None
 
 
@@ -362,7 +381,8 @@ def _classifier_kernel(
     list_ref,
     c_ref,
     bias_ref,
-    base_ref,
+    bases_ref,
+    prior_ref,
     e_hbm,
     vectors_hbm,
     out,
@@ -370,7 +390,9 @@ def _classifier_kernel(
     bias_acc,
 ):
     j = pl.program_id(0)
-    acc[...] = jnp.broadcast_to(base_ref[...], acc.shape)
+    acc[...] = jnp.broadcast_to(bases_ref[:1, :], acc.shape)
+    for ref in prior_ref:
+        acc[...] += _column(ref[...]) * bases_ref[1:, :]
     for ref in bias_acc:
         ref[...] = jnp.zeros_like(ref)
 
@@ -397,7 +419,7 @@ def _classifier_kernel(
             grid=(steps_ref[j],),
             in_specs=[
                 pl.BlockSpec((tiles.rows, e_hbm.shape[1]), lambda t: (place(t), 0)),
-                pl.BlockSpec((4, tiles.rows), lambda t: (0, place(t))),
+                pl.BlockSpec((vectors_hbm.shape[0], tiles.rows), lambda t: (0, place(t))),
             ],
         )(e_hbm, vectors_hbm)
 
@@ -455,7 +477,7 @@ def _by_parts(tiles, some_tokens):
 def _unpacked(vectors_ref, rows):
     """Per token, [1, rows]: log-sum-exp, g + h, g, label."""
     lse, gh, g = (lax.bitcast_convert_type(vectors_ref[k : k + 1, rows], jnp.float32) for k in range(3))
-    return lse, gh, g, vectors_ref[3:, rows]
+    return lse, gh, g, vectors_ref[3:4, rows]
 
 
 def _zero_tail(ref, axis, total, tile, index):
@@ -506,25 +528,28 @@ def _class_sum(spec, c):
     return c.sum(spec.classifier_layout.index("v"), dtype=jnp.float32)
 
 
-def _tile_sums(spec, tiles, c):
-    """The sums of the classifier over each vocabulary tile, [column tiles, D]."""
+def _tile_sums(spec, tiles, c, weights):
+    """The sums of the classifier over each vocabulary tile, plain and weighted, each [column tiles, D]."""
     v_axis = spec.classifier_layout.index("v")
     width = c.shape[1 - v_axis]
 
-    def kernel(c_ref, out_ref):
+    def kernel(c_ref, weights_ref, out_ref):
         _zero_tail(c_ref, v_axis, tiles.vocabulary, tiles.columns, pl.program_id(0))
-        sums = jnp.sum(c_ref[...].astype(jnp.float32), axis=v_axis, keepdims=True)
-        out_ref[...] = sums if v_axis == 0 else _row(sums)
+        weights = weights_ref[...] if v_axis == 1 else _column(weights_ref[...])
+        for k, weight in enumerate((1, weights)):
+            sums = jnp.sum(c_ref[...].astype(jnp.float32) * weight, axis=v_axis, keepdims=True)
+            out_ref[k : k + 1, :] = sums if v_axis == 0 else _row(sums)
 
-    return pl.pallas_call(
+    sums = pl.pallas_call(
         kernel,
-        out_shape=output_like(c, (tiles.column_tiles, 1, width), jnp.float32),
+        out_shape=output_like(c, (tiles.column_tiles, 2, width), jnp.float32),
         grid=(tiles.column_tiles,),
-        in_specs=[_classifier_block(spec, tiles, c, _first)],
-        out_specs=pl.BlockSpec((None, 1, width), lambda j: (j, 0, 0)),
+        in_specs=[_classifier_block(spec, tiles, c, _first), *_bias_blocks(tiles, [weights], _first)],
+        out_specs=pl.BlockSpec((None, 2, width), lambda j: (j, 0, 0)),
         compiler_params=_compiler_params("parallel"),
         name="linear_cross_entropy_tile_sums",
-    )(c)[:, 0]
+    )(c, weights)
+    return sums[:, 0], sums[:, 1]
 
 
 def _row(column):

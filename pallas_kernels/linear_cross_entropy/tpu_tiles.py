@@ -84,11 +84,22 @@ def kept_tiles(
     active = (pulled | (labelled >= 0)).any((0, 2))
     if tops is None:
         return jnp.broadcast_to(active[None], (tiles.column_tiles, tiles.row_tiles)), active
-    top = tops[: tiles.column_tiles, :width]
-    top = jnp.pad(top, ((0, 0), (0, width - top.shape[1]))).reshape(tiles.column_tiles, tiles.row_tiles, tiles.rows)
-    large = (top - by_tile(lse) >= jnp.log(spec.filter_eps)) & pulled
+    large = (_by_tile(tiles, tops) - by_tile(lse) >= jnp.log(spec.filter_eps)) & pulled
     own = labelled == jnp.arange(tiles.column_tiles)[:, None, None]
     return (large | own).any(2), active
+
+
+def most_left_out(tiles: Tiles, keep: jax.Array, lse: jax.Array, tops: jax.Array) -> jax.Array:
+    """The largest probability [N] outside the tiles to ``keep``, 0 where nothing is."""
+    top = jnp.where(keep[:, :, None], -jnp.inf, _by_tile(tiles, tops)).max(0).reshape(-1)
+    return jnp.exp(top[: tiles.tokens] - lse)
+
+
+def _by_tile(tiles: Tiles, tops: jax.Array) -> jax.Array:
+    """Largest logits by tile and token, [column tiles, row tiles, rows]."""
+    width = tiles.row_tiles * tiles.rows
+    top = tops[: tiles.column_tiles, :width]
+    return jnp.pad(top, ((0, 0), (0, width - top.shape[1]))).reshape(tiles.column_tiles, tiles.row_tiles, tiles.rows)
 
 
 def lists(keep):

@@ -19,6 +19,7 @@ FRAME = {
     "claims",
     "cli",
     "generate",
+    "gradient_filter",
     "skip_attention",
     "skipping_frontier",
     "skipping_toy",

@@ -16,6 +16,7 @@ from pallas_kernels.linear_cross_entropy import (
     linear_cross_entropy,
     reference,
     sample_linear_categorical,
+    spread,
 )
 from pallas_kernels.linear_cross_entropy.noise import Draw, key_words
 from tests.aot import GPU, H200, compile_in_a_process, needs_cuda_plugin
@@ -215,6 +216,8 @@ def test_interpreted_filter_keeps_its_bound(case, monkeypatch):
     from pallas_kernels.linear_cross_entropy import hopper_filter, mosaic_gpu
 
     monkeypatch.setattr(hopper_filter, "LEAST_VOCABULARY", 0)
+    if case != "too_many":  # so few tokens are all one warpgroup's, with a list for its share of a full GPU's
+        monkeypatch.setattr(hopper_filter, "_ENTRIES_PER_TOKEN", 2048)
     tokens, vocabulary, width, options = FILTERED[case]
     h_only = options.get("h_only")
     # In "too_many" each of the 600 entries of a token is kept, 64 fit: the exact gradients are computed instead.
@@ -229,6 +232,38 @@ def test_interpreted_filter_keeps_its_bound(case, monkeypatch):
     check_bound(de, dc, spec, operands, labels, lse, g, h, 0.0 if case == "too_many" else eps)
     if case in ("uniform", "one_hot"):  # nothing that matters is lost
         check_gradients((de, dc, None), spec, operands, labels, (g, h), excess=2.0**-9)
+
+
+@interpreted
+@pytest.mark.slow
+def test_interpreted_filter_spreads_what_it_leaves_out_by_the_prior(monkeypatch):
+    """Against the definition in float32, entry by entry: the gradients' rounding to bfloat16, half a unit in the last
+    place of the largest. Spread evenly they would differ by more."""
+    from pallas_kernels.linear_cross_entropy import hopper_filter, mosaic_gpu
+
+    monkeypatch.setattr(hopper_filter, "LEAST_VOCABULARY", 0)
+    monkeypatch.setattr(hopper_filter, "_ENTRIES_PER_TOKEN", 2048)
+    eps = 2.0**-6
+    spec, (e, c, b), labels, (g, h) = problem(20, 300, 24, peak=1.5, filter_eps=eps)
+    operands = e + 2 * e[:1], c, b  # tokens that have something in common
+    with interpreter():
+        (_, lse, _), saved = mosaic_gpu.forward_saving(spec, *operands, labels)
+        got = mosaic_gpu.backward(spec, *operands, labels, lse, g, h, jnp.float32(1), *saved)[:2]
+    e, c = (x.astype(jnp.float32) for x in operands[:2])
+    p = jnp.exp(reference.logits(spec, *operands) - lse[:, None])
+    hit = labels[:, None] == jnp.arange(300)[None]
+    out = (p < eps) & ~hit
+    prior = spread.prior(spec, e, c, g + h != 0)[0][None]
+    mass, of_prior = (jnp.where(out, x, 0).sum(1, keepdims=True) for x in (p, prior))
+    most = jnp.minimum(p.max(1, keepdims=True), eps)  # of any entry: all that the kernel knows
+    multiple, even = spread.rates(eps, mass, most, out.sum(1, keepdims=True), of_prior)
+    evenly = mass / out.sum(1, keepdims=True)
+    by_prior, evenly = (
+        jnp.where(out, x, p) * (g + h)[:, None] - hit * g[:, None] for x in (multiple * prior + even, evenly)
+    )
+    for ours, dz, other, x in zip(got, (by_prior, by_prior.T), (evenly, evenly.T), (c, e), strict=True):
+        rounding = 2.0**-8 * jnp.abs(dz @ x).max()
+        assert jnp.abs(ours.astype(jnp.float32) - dz @ x).max() <= rounding < jnp.abs(other @ x - dz @ x).max()
 
 
 def check_bound(de, dc, spec, operands, labels, lse, g, h, eps):

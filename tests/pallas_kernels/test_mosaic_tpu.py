@@ -130,9 +130,10 @@ def test_loss_and_gradients_are_those_of_the_definition(case):
         np.testing.assert_allclose(got, wanted, atol=backward * np.abs(wanted).max() + 1e-7)
 
 
-def filtered(e, c, labels, g, h, keep, rows, columns, softcap=None, smoothing=0.0, embeddings=True, classifier=True):
-    """In float64: gradients with the probabilities outside the tiles of ``keep`` replaced by their mean, and the bound
-    of their error, for each token and each entry."""
+def filtered(e, c, labels, g, h, keep, eps, sizes, softcap=None, smoothing=0.0, embeddings=True, classifier=True):
+    """In float64: gradients with the probabilities outside the tiles of ``keep`` spread by the prior, and the bound of
+    their error, for each token and each entry."""
+    rows, columns = sizes
     e, c = np.asarray(e, np.float64), np.asarray(c, np.float64)
     tokens, vocabulary = len(e), len(c)
     a = e @ c.T
@@ -141,12 +142,20 @@ def filtered(e, c, labels, g, h, keep, rows, columns, softcap=None, smoothing=0.
     p, slope = np.exp(z - lse), 1.0 if softcap is None else 1 - (z / softcap) ** 2
     kept = np.repeat(np.repeat(np.asarray(keep).T, rows, 0)[:tokens], columns, 1)[:, :vocabulary]
     rest = np.maximum(vocabulary - kept.sum(1, keepdims=True), 1)
-    rate = np.where(kept, 0, p).sum(1, keepdims=True) / rest
-    flat = 1.0 if softcap is None else 1 - ((lse + np.log(np.maximum(rate, 1e-300))) / softcap) ** 2
     valid = (labels >= 0)[:, None]
+    average = e[valid[:, 0]].mean(0) @ c.T
+    average = average if softcap is None else softcap * np.tanh(average / softcap)
+    prior = np.exp(average - average.max())
+    prior = np.minimum(prior / prior.sum(), eps / 2)[None]
+    mass, left_of_prior = (np.where(kept, 0, x).sum(1, keepdims=True) for x in (p, np.broadcast_to(prior, p.shape)))
+    most = np.where(kept, 0, p).max(1, keepdims=True)
+    multiple = np.minimum(mass / np.maximum(left_of_prior, 1e-300), (most - mass / rest) * 2 / eps)
+    rate = np.maximum(mass - multiple * left_of_prior, 0) / rest
+    flat = 1.0 if softcap is None else 1 - ((lse + np.log(np.maximum(rate, 1e-300))) / softcap) ** 2
+    sloped = prior if softcap is None else prior * (1 - (average / softcap) ** 2)
     g, gh = np.where(valid, g[:, None], 0), np.where(valid, (g + h)[:, None], 0)
     y = (labels[:, None] == np.arange(vocabulary)) * (1 - smoothing) * g + smoothing / vocabulary * g
-    whole, spread = p * slope * gh - y * slope, rate * flat * gh - y * slope
+    whole, spread = p * slope * gh - y * slope, (rate * flat + multiple * sloped) * gh - y * slope
     left = np.where(kept, whole, spread)
     bound = np.where(kept, 0, np.abs(gh))
     de, dc = (left if embeddings else whole) @ c, (left if classifier else whole).T @ e
@@ -208,7 +217,7 @@ def test_the_filter_spreads_what_it_leaves_out_and_keeps_its_bound(options):
 
     smoothing = kernel.get("label_smoothing", 0.0)
     want, whole, bounds = filtered(
-        e, c, labels, g, h, keep, rows, columns, kernel.get("softcap"), smoothing,
+        e, c, labels, g, h, keep, eps, (rows, columns), kernel.get("softcap"), smoothing,
         sides.get("filter_embeddings", True), sides.get("filter_classifier", True),
     )  # fmt: skip
     for got, wanted, precise, bound in zip(found, want, whole, bounds, strict=True):
