@@ -36,6 +36,9 @@ def gradients(spec, e, c, labels, z_label, lse, g, h, scale, maxima, logit_gradi
     tokens, vocabulary = e.shape[0], c.shape[spec.classifier_layout.index("v")]
     entry_row, entry_column, p, counts = _entries(spec, e, c, labels, lse, g + h, maxima)
     capacity = p.shape[1]
+    # The most that each token leaves out: of tiles that hold an entry to keep only eps is known. Inside the conditional
+    # the maxima would outlive their use.
+    most = jnp.minimum(jnp.exp(maxima.max(0)[:tokens].astype(jnp.float32) - lse), spec.filter_eps)
 
     def sparse():
         used = jnp.arange(capacity)[None, :] < counts[:, None]
@@ -69,8 +72,6 @@ def gradients(spec, e, c, labels, z_label, lse, g, h, scale, maxima, logit_gradi
         own_prior = jnp.take(prior, column, mode="clip")
         left_out = vocabulary - (starts[1:] - starts[:-1])
         mass, left_of_prior = jnp.maximum(1 - kept(p_all), 0), prior.sum() - kept(own_prior)
-        # Of what is left out of tiles that hold an entry to keep only eps is known.
-        most = jnp.minimum(jnp.exp(maxima.max(0)[:tokens].astype(jnp.float32) - lse), spec.filter_eps)
         multiple, even = (rate * (g + h) for rate in spread.rates(spec.filter_eps, mass, most, left_out, left_of_prior))
         weight = (weight - even[own] - multiple[own] * jnp.take(background, column, mode="clip")) * scale
         multiple, even = multiple * scale, (even - spec.label_smoothing / spec.classes * g) * scale
