@@ -60,20 +60,13 @@ def gradients(spec, e, c, labels, z_label, lse, g, h, scale, maxima, logit_gradi
 
         order = jnp.argsort(row, stable=True)
         starts = jnp.searchsorted(row[order], jnp.arange(tokens + 1, dtype=jnp.int32)).astype(jnp.int32)
-
-        def kept(share):
-            """The sum of the entries that each token keeps."""
-            # In fixed point differences of a cumulative sum are exact, also where it wraps around.
-            fixed = jnp.cumsum(jnp.round(share[order] * 2.0**24).astype(jnp.uint32), dtype=jnp.uint32)
-            fixed = jnp.pad(fixed, (1, 0))
-            return (fixed[starts[1:]] - fixed[starts[:-1]]).astype(jnp.float32) * 2.0**-24
-
         prior, background = spread.prior(spec, e, c, g + h != 0)
-        own_prior = jnp.take(prior, column, mode="clip")
+        own_prior, own_background = (jnp.take(x, column, mode="clip") for x in (prior, background))
         left_out = vocabulary - (starts[1:] - starts[:-1])
-        mass, left_of_prior = jnp.maximum(1 - kept(p_all), 0), prior.sum() - kept(own_prior)
-        multiple, even = (rate * (g + h) for rate in spread.rates(spec.filter_eps, mass, most, left_out, left_of_prior))
-        weight = (weight - even[own] - multiple[own] * jnp.take(background, column, mode="clip")) * scale
+        kept, kept_of_prior = (_fractions_between(x[order], starts) for x in (p_all, own_prior))
+        rates = spread.rates(spec.filter_eps, jnp.maximum(1 - kept, 0), most, left_out, prior.sum() - kept_of_prior)
+        multiple, even = (rate * (g + h) for rate in rates)
+        weight = (weight - even[own] - multiple[own] * own_background) * scale
         multiple, even = multiple * scale, (even - spec.label_smoothing / spec.classes * g) * scale
 
         axis = spec.classifier_layout.index("v")
@@ -209,6 +202,14 @@ def _entries(spec, e, c, labels, lse, gh, maxima):
         *hopper_tiles.operands(spec, e, c), chosen, used.sum(dtype=jnp.int32)[None], words, *per_row
     )
     return row, column, p, jnp.where(fits, counts, capacity + 1)
+
+
+def _fractions_between(x, starts):
+    """The sums of x[starts[i] : starts[i + 1]], numbers from 0 to 1 in steps of 2**-24."""
+    # In fixed point differences of a cumulative sum are exact, also where it wraps around.
+    fixed = jnp.cumsum(jnp.round(x * 2.0**24).astype(jnp.uint32), dtype=jnp.uint32)
+    fixed = jnp.pad(fixed, (1, 0))
+    return (fixed[starts[1:]] - fixed[starts[:-1]]).astype(jnp.float32) * 2.0**-24
 
 
 def row_sums(x, index, weight, starts, factors, bases, dtype):

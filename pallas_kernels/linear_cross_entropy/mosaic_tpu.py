@@ -67,7 +67,7 @@ def _forward(spec, saving, e, c, b, target):
     e, c, (target_row,) = _operands(spec, e, c, target_row)
     tiles, part = forward_tiles(spec, e, c, drawing, saving)
     tiles = tiles._replace(vocabulary=vocabulary)
-    bias = _bias(tiles, b)
+    bias = _by_entry(tiles, b)
 
     def row(dtype):
         return output_like(e, (1, tiles.tokens), dtype), pl.BlockSpec((1, tiles.rows), lambda i, j, _: (0, i))
@@ -92,7 +92,7 @@ def _forward(spec, saving, e, c, b, target):
             in_specs=[
                 pl.BlockSpec((tiles.rows, e.shape[1]), lambda i, j, _: (i, 0)),
                 _classifier_block(spec, tiles, c, lambda i, j, _: j),
-                _bias_blocks(tiles, bias, lambda i, j, _: j),
+                _by_entry_blocks(tiles, bias, lambda i, j, _: j),
                 pl.BlockSpec((1, tiles.rows), lambda i, j, _: (0, i)),
             ],
             out_specs={name: block for name, (_, block) in outputs.items()},
@@ -190,18 +190,17 @@ def _backward(spec, e, c, b, labels, lse, g, h, scale, tops):
     count, width, vocabulary = *e.shape, vocabulary_size(spec, c)
     if count == 0:
         return jnp.zeros_like(e), jnp.zeros_like(c), None if b is None else jnp.zeros_like(b)
-    priors = spread.prior(spec, e, c, g + h != 0) if spec.filter_eps else None
+    priors = spread.prior(spec, e, c, g + h != 0) if spec.filter_eps else ()
     e, c, (labels, lse, gh, g) = _operands(spec, e, c, labels, lse, g + h, g)
     tiles = backward_tiles(spec, e, c, tops is not None)._replace(vocabulary=vocabulary)
     keep, active = kept_tiles(spec, tiles, labels[0], lse[0], gh[0], g[0], tops)
     # What smoothing takes off every entry, unless the kernels do.
     share = 0.0 if _dense(spec) else spec.label_smoothing / spec.classes
     vectors = [*(lax.bitcast_convert_type(x, jnp.int32) for x in (lse, gh, g)), labels]
-    if priors is not None:
+    if spec.filter_eps:
         vectors.append(lax.bitcast_convert_type(most_left_out(tiles, keep, lse[0], tops), jnp.int32)[None])
-    operands = e, c, _bias(tiles, b), jnp.concatenate(vectors), scale.reshape(1)
-    if priors is not None:
-        priors = [jnp.pad(x, (0, tiles.column_tiles * tiles.columns - vocabulary))[None] for x in priors]
+    operands = e, c, _by_entry(tiles, b), jnp.concatenate(vectors), scale.reshape(1)
+    priors = [_by_entry(tiles, x)[0] for x in priors]
     de, pull = _embedding_gradient(spec, tiles, keep, active, share, priors, *operands)
     base = jnp.zeros_like(e, jnp.float32, shape=(1, e.shape[1]))
     if share:
@@ -302,7 +301,7 @@ def _embedding_kernel(
         pltpu.emit_pipeline(
             step,
             grid=(steps,),
-            in_specs=[_classifier_block(spec, tiles, c_hbm, place), *_bias_blocks(tiles, bias_hbm, place)],
+            in_specs=[_classifier_block(spec, tiles, c_hbm, place), *_by_entry_blocks(tiles, bias_hbm, place)],
         )(c_hbm, *bias_hbm)
 
     if "pull" in out:
@@ -343,7 +342,7 @@ def _classifier_gradient(spec, tiles, keep, active, bases, priors, e, c, bias, v
             output_like(e, (1, tiles.vocabulary), jnp.float32),
             pl.BlockSpec((1, tiles.columns), lambda j, *_: (0, j)),
         )
-    per_tile, by_prior = bases.shape[0] > 1, [priors[1]] if bases.shape[1] > 1 else []
+    per_tile, by_prior = bases.shape[0] > 1, priors[1:] if bases.shape[1] > 1 else []
     results = pl.pallas_call(
         functools.partial(_classifier_kernel, spec, tiles, v_axis),
         out_shape={name: shape for name, (shape, _) in outputs.items()},
@@ -353,9 +352,9 @@ def _classifier_gradient(spec, tiles, keep, active, bases, priors, e, c, bias, v
             in_specs=[
                 _list_block(order),
                 _classifier_block(spec, tiles, c, _first),
-                _bias_blocks(tiles, bias, _first),
+                _by_entry_blocks(tiles, bias, _first),
                 pl.BlockSpec((None, bases.shape[1], width), lambda j, *_: (j if per_tile else 0, 0, 0)),
-                _bias_blocks(tiles, by_prior, _first),
+                _by_entry_blocks(tiles, by_prior, _first),
                 pl.BlockSpec(memory_space=pl.ANY),
                 pl.BlockSpec(memory_space=pl.ANY),
             ],
@@ -544,7 +543,7 @@ def _tile_sums(spec, tiles, c, weights):
         kernel,
         out_shape=output_like(c, (tiles.column_tiles, 2, width), jnp.float32),
         grid=(tiles.column_tiles,),
-        in_specs=[_classifier_block(spec, tiles, c, _first), *_bias_blocks(tiles, [weights], _first)],
+        in_specs=[_classifier_block(spec, tiles, c, _first), *_by_entry_blocks(tiles, [weights], _first)],
         out_specs=pl.BlockSpec((None, 2, width), lambda j: (j, 0, 0)),
         compiler_params=_compiler_params("parallel"),
         name="linear_cross_entropy_tile_sums",
@@ -584,15 +583,15 @@ def _classifier_block(spec, tiles, c, index):
     return pl.BlockSpec((c.shape[0], tiles.columns), lambda *grid: (0, index(*grid)))
 
 
-def _bias(tiles, b):
-    """The bias as [1, whole tiles] in a list, which is empty without one: a kernel's optional operand."""
-    if b is None:
+def _by_entry(tiles, x):
+    """What a kernel is told of the entries, as the bias, [1, whole tiles] in a list, which is empty for None."""
+    if x is None:
         return []
-    return [jnp.pad(b.astype(jnp.float32), (0, tiles.column_tiles * tiles.columns - tiles.vocabulary))[None]]
+    return [jnp.pad(x.astype(jnp.float32), (0, tiles.column_tiles * tiles.columns - tiles.vocabulary))[None]]
 
 
-def _bias_blocks(tiles, bias, index):
-    return [pl.BlockSpec((1, tiles.columns), lambda *grid: (0, index(*grid)))] * len(bias)
+def _by_entry_blocks(tiles, operands, index):
+    return [pl.BlockSpec((1, tiles.columns), lambda *grid: (0, index(*grid)))] * len(operands)
 
 
 def _bytes(x):

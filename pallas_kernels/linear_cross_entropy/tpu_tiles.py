@@ -171,4 +171,5 @@ def operand_dtype(spec: Spec) -> Any:
 
 
 def vocabulary_size(spec: Spec, c: jax.Array) -> int:
+    """V of a classifier [V, D] or [D, V]."""
     return c.shape[spec.classifier_layout.index("v")]

@@ -67,7 +67,7 @@ def both_passes(op, x, a, b, g):
     return y, *backward(g)
 
 
-def check(got, x, a, b, g):
+def assert_formulas(got, x, a, b, g):
     """Against float64 on the same rounded inputs; sums to 1e-6 of the sum of magnitudes, as float32 adds them."""
     tolerance = TOLERANCE[x.dtype.name]
     y, dx, da, db, da_size, db_size = exact(*(np.asarray(value.astype(jnp.float32)) for value in (x, a, b, g)))
@@ -84,7 +84,7 @@ def check(got, x, a, b, g):
 def test_values_and_gradients_are_those_of_the_formulas(case, implementation):
     arguments = problem(*CASES[case])
     op = functools.partial(group_rational, implementation=implementation)
-    check(both_passes(op, *arguments), *arguments)
+    assert_formulas(both_passes(op, *arguments), *arguments)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -94,7 +94,9 @@ def test_narrow_inputs_are_computed_in_float32(implementation, dtype):
     x, a, b, g = problem((40, 24), (1, 8), (5, 4), dtype)
     x = x.at[3, 3].set(3e3)
     g = g.at[3, 3].set(0)  # whose terms would be all of the sums
-    check(both_passes(functools.partial(group_rational, implementation=implementation), x, a, b, g), x, a, b, g)
+    assert_formulas(
+        both_passes(functools.partial(group_rational, implementation=implementation), x, a, b, g), x, a, b, g
+    )
 
 
 def test_float64_is_computed_in_float64():
@@ -342,7 +344,7 @@ def test_awkward_shapes_compile_for_hopper(tmp_path):
 def test_on_a_gpu_the_kernel_is_within_rounding_of_the_formulas(case, dtype):
     arguments = problem(*CASES[case], dtype)
     op = functools.partial(group_rational, implementation="mosaic_gpu")
-    check(both_passes(op, *arguments), *arguments)
+    assert_formulas(both_passes(op, *arguments), *arguments)
 
 
 @pytest.mark.gpu
@@ -353,7 +355,7 @@ def test_on_a_gpu_sums_have_one_order_and_little_rounding(dtype):
     op = functools.partial(group_rational, implementation="mosaic_gpu")
     once, again = both_passes(op, *arguments), both_passes(op, *arguments)
     assert all((first == second).all() for first, second in zip(once, again, strict=True))
-    check(once, *arguments)
+    assert_formulas(once, *arguments)
 
 
 @pytest.mark.gpu
@@ -362,7 +364,7 @@ def test_on_a_gpu_every_tile_gives_the_same(rows):
     arguments = problem((50, 256), (8, 8), (5, 4), "bfloat16")
     for channels in (128, 256):
         op = functools.partial(group_rational, implementation="mosaic_gpu", block_sizes=(rows, channels))
-        check(both_passes(op, *arguments), *arguments)
+        assert_formulas(both_passes(op, *arguments), *arguments)
 
 
 @pytest.mark.gpu

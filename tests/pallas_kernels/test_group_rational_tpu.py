@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels.group_rational import group_rational
 from tests.aot import TPU, compile_in_a_process
-from tests.pallas_kernels.test_group_rational import CASES, both_passes, check, problem
+from tests.pallas_kernels.test_group_rational import CASES, assert_formulas, both_passes, problem
 from tests.pallas_kernels.test_mosaic_tpu import assert_no_races, tpu
 
 QUICK = ("one_row", "groups_of_24", "one_channel", "no_rows")
@@ -28,7 +28,7 @@ def test_interpreted_kernels_give_the_formulas(case, dtype):
     with tpu():
         got = both_passes(functools.partial(group_rational, implementation="mosaic_tpu"), *arguments)
     assert_no_races()
-    check(got, *arguments)
+    assert_formulas(got, *arguments)
 
 
 @pytest.mark.slow
@@ -41,7 +41,7 @@ def test_interpreted_tiles_do_not_matter(case, dtype):
     with tpu("TPU v4"):
         got = both_passes(op, *arguments)
     assert_no_races()
-    check(got, *arguments)
+    assert_formulas(got, *arguments)
 
 
 @pytest.mark.parametrize("block_sizes", [(8, 128), (16, 100), (2**14, 128)])
@@ -72,7 +72,7 @@ def test_mapped_kernels_are_a_loop():
         op = functools.partial(group_rational, implementation="mosaic_tpu")
         got = jax.vmap(lambda x: both_passes(op, x, a, b, g))(many)
     for i in range(2):
-        check([value[i] for value in got], many[i], a, b, g)
+        assert_formulas([value[i] for value in got], many[i], a, b, g)
 
 
 COMPILE = """

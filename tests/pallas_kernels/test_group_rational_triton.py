@@ -13,7 +13,7 @@ from pallas_kernels.dispatch import Target
 from pallas_kernels.group_rational import group_rational, triton
 from pallas_kernels.group_rational.reference import Spec
 from tests.aot import A100, GPU, L4, T4, compile_in_a_process, needs_cuda_plugin
-from tests.pallas_kernels.test_group_rational import CASES, both_passes, check, problem
+from tests.pallas_kernels.test_group_rational import CASES, assert_formulas, both_passes, problem
 from tests.pallas_kernels.test_triton import gpu
 
 # Runs the public operation with the kernel in Triton's interpreter, on NumPy arrays that look like PyTorch's to it.
@@ -22,7 +22,7 @@ import functools, json, sys, types
 import jax, jax.numpy as jnp, numpy as np
 from pallas_kernels import dispatch, jax_triton_call
 from pallas_kernels.group_rational import group_rational
-from tests.pallas_kernels.test_group_rational import CASES, both_passes, check, problem
+from tests.pallas_kernels.test_group_rational import CASES, assert_formulas, both_passes, problem
 
 class Memory:
     def __init__(self, array):
@@ -48,13 +48,13 @@ done = []
 for name, case in CASES.items():
     for dtype in ("float32", "float16", "bfloat16"):
         arguments = problem(*case, dtype)
-        check(both_passes(op, *arguments), *arguments)
+        assert_formulas(both_passes(op, *arguments), *arguments)
         done.append(name)
 arguments = problem((70, 24), (1, 8), (5, 4))
-check(both_passes(functools.partial(op, block_sizes=(16, 8)), *arguments), *arguments)
+assert_formulas(both_passes(functools.partial(op, block_sizes=(16, 8)), *arguments), *arguments)
 x, a, b, g = arguments
 mapped = jax.vmap(lambda x: both_passes(op, x, a, b, g))(jnp.stack([x, x + 1]))
-check([value[1] for value in mapped], x + 1, a, b, g)
+assert_formulas([value[1] for value in mapped], x + 1, a, b, g)
 print(json.dumps(done))
 """
 
@@ -155,7 +155,7 @@ def test_on_a_gpu_the_kernel_gives_the_formulas(case, dtype):
     arguments = problem(*CASES[case], dtype)
     op = functools.partial(group_rational, implementation="triton")
     got, again = both_passes(op, *arguments), both_passes(op, *arguments)
-    check(got, *arguments)
+    assert_formulas(got, *arguments)
     assert all((first == second).all() for first, second in zip(got, again, strict=True))
 
 
