@@ -23,6 +23,11 @@ def transposed(ref):
     return plgpu.transpose_ref(ref, (1, 0)) if BEFORE_0_11 else ref.T
 
 
+def padded(x, multiples):
+    """x with zeros up to multiples of these sizes."""
+    return jnp.pad(x, [(0, -size % multiple) for size, multiple in zip(x.shape, multiples, strict=True)])
+
+
 def load(ref, layout):
     """The numbers at ``ref``, spread over a warpgroup as ``layout`` says."""
     index = ((),) if BEFORE_0_11 else ()

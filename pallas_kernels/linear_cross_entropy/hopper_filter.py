@@ -215,7 +215,7 @@ def _fractions_between(x, starts):
 def row_sums(x, index, weight, starts, factors, bases, dtype):
     """factors[:, i] @ bases + sum of weight[k] * x[index[k]] over k from starts[i] to starts[i + 1], for each i."""
     width, (terms, rows), together = x.shape[1], factors.shape, 4
-    x, bases = (hopper_tiles.padded(values, (1, 128)) for values in (x, bases))
+    x, bases = (hopper.padded(values, (1, 128)) for values in (x, bases))
     rows_a_block = pl.cdiv(rows, 32 * hopper.MULTIPROCESSORS)
 
     def body(x_g, index_g, weight_g, starts_g, factors_g, bases_g, out_g):

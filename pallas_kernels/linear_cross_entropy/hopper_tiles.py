@@ -12,7 +12,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.hopper import LOG2E, MULTIPROCESSORS, PARAMS, TRANSFORMS, load, transposed
+from pallas_kernels.hopper import LOG2E, MULTIPROCESSORS, PARAMS, TRANSFORMS, load, padded, transposed
 from pallas_kernels.linear_cross_entropy.reference import Spec
 from pallas_kernels.manual_axes import varying_like
 
@@ -148,11 +148,6 @@ def operands(spec, e, c, rows_last=False):
     e_tile = (_DEPTH, _DEPTH) if rows_last else (8, _DEPTH)
     c_tile = (8, _DEPTH) if spec.classifier_layout == "vd" else (_DEPTH, _DEPTH)
     return [padded(x.astype(spec.operand_dtype), tile) for x, tile in ((e, e_tile), (c, c_tile))]
-
-
-def padded(x, multiples):
-    """x with zeros up to multiples of these sizes."""
-    return jnp.pad(x, [(0, -size % multiple) for size, multiple in zip(x.shape, multiples, strict=True)])
 
 
 def finished(spec, z, b_g, start):

@@ -69,7 +69,7 @@ def _scan(spec, e, c, b, draw, saving):
     splits = hopper_tiles.splits(bands, columns)
     summing = bool(spec.label_smoothing) and spec.softcap is not None
     padding = (0, bands * hopper_tiles.ROWS - tokens)
-    inputs = {"b_g": None if b is None else hopper_tiles.padded(b.astype(jnp.float32), (hopper_tiles.COLUMNS,))}
+    inputs = {"b_g": None if b is None else hopper.padded(b.astype(jnp.float32), (hopper_tiles.COLUMNS,))}
     if draw is not None:
         inputs |= {"key_g": draw.key, "ids_g": lax.bitcast_convert_type(jnp.pad(draw.token_ids, padding), jnp.int32)}
     inputs = {name: x for name, x in inputs.items() if x is not None}
@@ -199,7 +199,7 @@ def _logit_gradients(spec, e, c, b, labels, lse, g, h, start, size):
     rows_in = jnp.pad(rows_in.astype(jnp.float32), padding)
     labels = jnp.pad(labels - start, padding[1])
 
-    bias = () if b is None else (hopper_tiles.padded(b.astype(jnp.float32), (hopper_tiles.COLUMNS,)),)
+    bias = () if b is None else (hopper.padded(b.astype(jnp.float32), (hopper_tiles.COLUMNS,)),)
 
     def body(*refs, out_s, **pipeline):
         names = ("e_g", "c_g", *(() if b is None else ("b_g",)), "start_g", "rows_g", "labels_g", "out_g")

@@ -29,7 +29,8 @@ def decode_attention(
 
     Args:
         query: [B, H, K], bfloat16, float16 or float32.
-        keys, values: [B, S, G, K] in the query's dtype; query head h looks at head h // (H / G) of them.
+        keys, values: [B, S, G, K] in the query's dtype; query head h looks at head h // (H / G) of them. The kernel
+            copies a cache whose S is no multiple of 8.
         lengths: [B], integers in [0, S]. Slots that are not seen may hold anything finite.
         recent: start and count, integers or scalar arrays, start + count <= S.
         active: bool [B], None for all; traced, so that another choice compiles nothing anew.

@@ -28,7 +28,9 @@ def attend(query, keys, values, lengths, start, count, scale):
         raise NotImplementedError(f"{share} query heads share a key head; implementation='mosaic_gpu' takes up to 64")
     parts = min(pl.cdiv(slots, _CHUNK), max(1, hopper.MULTIPROCESSORS // (batch * groups)))
     stages = max(1, _STAGE_BYTES // (2 * _CHUNK * width * query.dtype.itemsize))
-    query = jnp.pad(query.reshape(batch, groups, share, width), ((0, 0), (0, 0), (0, rows - share), (0, 0)))
+    query = hopper.padded(query.reshape(batch, groups, share, width), (1, 1, rows, 1))
+    # What the copy engine cannot tile is padded, that is, copied.
+    keys, values = (hopper.padded(x, (1, 8, 1, 1)) for x in (keys, values))
     recent = jnp.stack([start, jnp.where(count > 0, start + count, 0)])  # an empty range visits no chunk
 
     def body(

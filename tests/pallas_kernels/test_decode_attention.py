@@ -68,6 +68,19 @@ def test_the_hopper_kernel_in_the_interpreter(options):
     assert (np.asarray(found)[~active] == 0).all()
 
 
+def test_the_hopper_kernel_takes_any_number_of_slots():
+    """Of 300 slots the copy engine can make no tiles of 8, which only lowering finds."""
+    pytest.importorskip("jax.experimental.pallas.mosaic_gpu", exc_type=ImportError)
+    if jax.__version_info__ < (0, 10):
+        pytest.skip("Mosaic GPU of this JAX is too old")
+    from pallas_kernels.skip_attention import decode_mosaic_gpu
+
+    ints = [jnp.zeros(3, jnp.int32)] * 3
+    attend = jax.jit(functools.partial(decode_mosaic_gpu.attend, scale=64**-0.5))
+    lowered = attend.trace(*problem(slots=300, dtype="bfloat16"), *ints).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
 def test_who_is_active_is_data():
     operands = problem()
     f = jax.jit(functools.partial(decode_attention, lengths=jnp.full(3, 300)))
