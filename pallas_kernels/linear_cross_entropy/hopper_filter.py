@@ -24,6 +24,7 @@ LEAST_VOCABULARY = 65536
 # Softmax entries that the filter keeps, per token on average; with more, the gradients are computed exactly instead.
 _ENTRIES_PER_TOKEN = 64
 _PART = 64  # columns of a tile that are searched for entries at a time
+_MOST_COLUMNS, _TOGETHER = 1024, 8  # of a row that a thread block sums, and rows on their way
 _SMALL_SLAB_BYTES, _SMALL_BLOCK = 12 * 2**20, 1024  # for the exact gradients, then: they share the entries' memory
 
 
@@ -34,8 +35,9 @@ def gradients(spec, e, c, labels, z_label, lse, g, h, scale, maxima, logit_gradi
     before it is told the rows: for when the entries are too many.
     """
     tokens, vocabulary = e.shape[0], c.shape[spec.classifier_layout.index("v")]
-    entry_row, entry_column, p, counts = _entries(spec, e, c, labels, lse, g + h, maxima)
-    capacity = p.shape[1]
+    least = jnp.where(g + h == 0, jnp.inf, lse + math.log(spec.filter_eps))
+    entry_row, entry_column, entry_z, counts = _entries(spec, e, c, labels, least, maxima)
+    capacity = entry_z.shape[1]
     # The most that each token leaves out: of tiles that hold an entry to keep only eps is known. Inside the conditional
     # the maxima would outlive their use.
     most = jnp.minimum(jnp.exp(maxima.max(0)[:tokens].astype(jnp.float32) - lse), spec.filter_eps)
@@ -50,16 +52,16 @@ def gradients(spec, e, c, labels, z_label, lse, g, h, scale, maxima, logit_gradi
         column = jnp.concatenate(
             [jnp.where(used, entry_column, vocabulary).reshape(-1), jnp.where(labelled, labels, vocabulary)]
         )
-        p_all = jnp.concatenate([jnp.where(used, p, 1).reshape(-1), jnp.exp(z_label - lse)])
+        z = jnp.concatenate([jnp.where(used, entry_z, 0).reshape(-1), z_label])
         own = jnp.minimum(row, tokens - 1)
-        z = jnp.concatenate([lse[own[:-tokens]] + jnp.log(p_all[:-tokens]), z_label])
+        p_all = jnp.where(row < tokens, jnp.exp(z - lse[own]), 0)
         weight = p_all * (g + h)[own]
         weight -= jnp.pad((1 - spec.label_smoothing) * g, (row.shape[0] - tokens, 0))
         if spec.softcap is not None:
             weight *= 1 - (z / spec.softcap) ** 2
 
         order = jnp.argsort(row, stable=True)
-        starts = jnp.searchsorted(row[order], jnp.arange(tokens + 1, dtype=jnp.int32)).astype(jnp.int32)
+        starts = starts_of(row[order], tokens)
         prior, background = spread.prior(spec, e, c, g + h != 0)
         own_prior, own_background = (jnp.take(x, column, mode="clip") for x in (prior, background))
         left_out = vocabulary - (starts[1:] - starts[:-1])
@@ -77,7 +79,7 @@ def gradients(spec, e, c, labels, z_label, lse, g, h, scale, maxima, logit_gradi
         if not spec.filter_classifier:
             return de, jnp.zeros((), c.dtype)
         order = jnp.argsort(column, stable=True)
-        starts = jnp.searchsorted(column[order], jnp.arange(vocabulary + 1, dtype=jnp.int32)).astype(jnp.int32)
+        starts = starts_of(column[order], vocabulary)
         # No product of XLA's anywhere here: each would have 32 MiB of workspace.
         bases = jnp.stack([(rate[:, None] * e.astype(jnp.float32)).sum(0) for rate in (even, multiple)])
         factors = jnp.stack([jnp.ones(vocabulary, jnp.float32), background])
@@ -103,105 +105,138 @@ def gradients(spec, e, c, labels, z_label, lse, g, h, scale, maxima, logit_gradi
     return lax.cond((counts <= capacity).all(), sparse, exact)
 
 
-def _entries(spec, e, c, labels, lse, gh, maxima):
-    """The softmax entries of at least ``spec.filter_eps`` other than the labels', in one list a warpgroup.
+def _entries(spec, e, c, labels, least, maxima):
+    """The logits of at least ``least`` [N] other than the labels', in one list a warpgroup.
 
-    Returns (row, column, p), each [warpgroups, capacity], and how many each warpgroup found. Computes only tiles where
-    ``maxima`` shows one.
+    Returns (row, column, logit), each [warpgroups, capacity], and how many each warpgroup found. Computes only tiles
+    where ``maxima`` shows one, and of these only the tokens that have one, and their neighbours.
     """
     tokens, vocabulary = e.shape[0], c.shape[spec.classifier_layout.index("v")]
-    bands, columns = pl.cdiv(tokens, hopper_tiles.ROWS), pl.cdiv(vocabulary, hopper_tiles.COLUMNS)
-    tiles, half = bands * columns, hopper_tiles.ROWS // 2
-    padding = (0, bands * hopper_tiles.ROWS - tokens)
-    least = jnp.pad(jnp.where(gh == 0, jnp.inf, lse + math.log(spec.filter_eps)), padding, constant_values=jnp.inf)
-    kept = maxima.astype(jnp.float32) >= least[None, :]
-    # One bit a row, 32 to a word.
-    words = kept.reshape(columns, -1, 32).astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32)[None, None]
-    words = lax.bitcast_convert_type(words.sum(-1, dtype=jnp.uint32), jnp.int32)
-    band, column = hopper_tiles.grouped(jnp.arange(tiles, dtype=jnp.int32), bands, columns)
-    used = kept.reshape(columns, bands, hopper_tiles.ROWS).any(-1)[column, band]
-    # Each kept maximum is an entry or the label. Too many: find none, and say that they do not fit.
-    fits = kept.sum() - tokens <= tokens * _ENTRIES_PER_TOKEN
-    used &= fits
-    place = jnp.where(used, jnp.cumsum(used) - 1, tiles)
-    chosen = jnp.zeros(tiles, jnp.int32).at[place].set(jnp.arange(tiles, dtype=jnp.int32), mode="drop")
+    padding = (0, -tokens % hopper_tiles.ROWS)
+    least = jnp.pad(least, padding, constant_values=jnp.inf)
+    eights, columns, count, fits = _tiles(tokens, least, maxima)
     capacity = pl.cdiv(tokens * _ENTRIES_PER_TOKEN, 2 * hopper.MULTIPROCESSORS)
+    half = hopper_tiles.ROWS // 2
 
-    def body(e_g, c_g, chosen_g, used_g, words_g, lse_g, labels_g, row_g, column_g, kept_g, counts_g, p_g, **pipeline):
+    def body(
+        e_g, c_g, eights_g, columns_g, count_g, least_g, labels_g, row_g, column_g, logit_g, found_g, z_g, top_g,
+        **pipeline,
+    ):  # fmt: skip
         block = lax.axis_index("block")
-        count = (used_g[0] - block + hopper.MULTIPROCESSORS - 1) // hopper.MULTIPROCESSORS
+        count = (count_g[0] - block + hopper.MULTIPROCESSORS - 1) // hopper.MULTIPROCESSORS
 
         def tile_at(t):
-            return hopper_tiles.grouped(chosen_g[block + t * hopper.MULTIPROCESSORS], bands, columns)
+            return 0, columns_g[block + t * hopper.MULTIPROCESSORS]
+
+        def eight_at(t, i):
+            return eights_g[block + t * hopper.MULTIPROCESSORS, i]
 
         def compute(group, tile_logits):
             out = block * 2 + group
 
             def tile(t, found):
-                band, column = tile_at(t)
-                first_row = band * hopper_tiles.ROWS + group * half
-                rows = pl.ds(first_row, half)
+                _, column = tile_at(t)
                 products = tile_logits(t)
-                lse, own = hopper.rows(lse_g.at[rows]), hopper.rows(labels_g.at[rows])
-                words = [words_g[column, band * 4 + group * 2 + i] for i in range(2)]
                 for part in range(hopper_tiles.COLUMNS // _PART):
                     first = column * hopper_tiles.COLUMNS + part * _PART
                     z = hopper_tiles.finished(spec, products[:, part * _PART : (part + 1) * _PART], None, first)
-                    here = plgpu.broadcasted_iota(jnp.int32, z.shape, 1, layout=plgpu.Layout.WGMMA) + first
-                    p = jnp.exp2((z - hopper.across(lse, z)) * hopper.LOG2E)
-                    p = jnp.where((here == hopper.across(own, z)) | (here >= vocabulary), 0.0, p)
-                    hopper.store(p_g.at[out], p)
+                    z = hopper_tiles.masked(z, first, vocabulary, hopper_tiles.LOWEST)
+                    hopper.store(z_g.at[out], z)
+                    hopper.store(top_g.at[out], jnp.max(z, axis=1))
                     plgpu.commit_smem()
-                    for i in range(2):
-                        found = lax.fori_loop(0, 32, functools.partial(scan_row, words[i], i, first_row, first), found)
+                    found = lax.fori_loop(0, half // 8, functools.partial(scan_eight, t, first), found)
                     plgpu.commit_smem()
                 return found
 
-            def scan_row(word, i, first_row, first, bit, found):
-                row = i * 32 + bit
+            def scan_eight(t, first, i, found):
+                eight = eight_at(t, group * (half // 8) + i)
 
-                def scan(found):
-                    def eight(k, found):
-                        values = [p_g[out, row, k * 8 + n] for n in range(8)]
-                        any_kept = functools.reduce(jnp.maximum, values) >= spec.filter_eps
+                def scan_row(n, found):
+                    row, token = i * 8 + n, (eight >> 8) * 8 + n
+                    wanted = top_g[out, row] >= least_g[token]
+                    return lax.cond(wanted, functools.partial(scan, row, token, first), lambda x: x, found)
 
-                        def keep(found):
-                            for n, value in enumerate(values):
-                                found = lax.cond(
-                                    value >= spec.filter_eps, functools.partial(put, value, n), lambda x: x, found
-                                )
-                            return found
+                return _for_bits(eight & 255, scan_row, found)
 
-                        def put(value, n, found):
-                            @pl.when(found < capacity)
-                            def _():
-                                row_g[out, found] = first_row + row
-                                column_g[out, found] = first + k * 8 + n
-                                kept_g[out, found] = value
+            def scan(row, token, first, found):
+                least, label = least_g[token], labels_g[token]
 
-                            return found + 1
+                def put(start, n, found):
+                    column, is_other = first + start + n, first + start + n != label
 
-                        return lax.cond(any_kept, keep, lambda x: x, found)
+                    @pl.when(is_other & (found < capacity))
+                    def _():
+                        row_g[out, found] = token
+                        column_g[out, found] = column
+                        logit_g[out, found] = z_g[out, row, start + n]
 
-                    return lax.fori_loop(0, _PART // 8, eight, found)
+                    return found + is_other.astype(jnp.int32)
 
-                return lax.cond((word >> bit) & 1 == 1, scan, lambda x: x, found)
+                for start in range(0, _PART, 32):
+                    large = [(z_g[out, row, start + n] >= least).astype(jnp.int32) << n for n in range(32)]
+                    bits = functools.reduce(jnp.bitwise_or, large)
+                    found = _for_bits(bits, functools.partial(put, start), found)
+                return found
 
-            counts_g[out] = lax.fori_loop(0, count, tile, jnp.int32(0))
+            found_g[out] = lax.fori_loop(0, count, tile, jnp.int32(0))
 
-        hopper_tiles.run(spec, {"e_g": e_g, "c_g": c_g}, tile_at, count, compute, **pipeline)
+        named = {"e_g": e_g, "c_g": c_g}
+        hopper_tiles.run(spec, named, tile_at, count, compute, **pipeline, eights=lambda t, i: eight_at(t, i) >> 8)
 
     lists = (2 * hopper.MULTIPROCESSORS, capacity)
     outputs = [jax.ShapeDtypeStruct(lists, dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)]
     outputs.append(jax.ShapeDtypeStruct(lists[:1], jnp.int32))
-    # The part of a tile that is searched, in global memory: single values cannot be read from tiled shared memory.
-    outputs.append(jax.ShapeDtypeStruct((lists[0], half, _PART), jnp.float32))
-    per_row = jnp.pad(lse, padding), jnp.pad(labels, padding, constant_values=-1)
-    kernel = hopper_tiles.kernel(body, tuple(outputs), hopper_tiles.pipeline(spec), hopper.MULTIPROCESSORS)
-    row, column, p, counts, _ = kernel(
-        *hopper_tiles.operands(spec, e, c), chosen, used.sum(dtype=jnp.int32)[None], words, *per_row
+    # The part of a tile that is searched and its rows' largest logits, in global memory: single values cannot be read
+    # from tiled shared memory.
+    outputs += [jax.ShapeDtypeStruct((lists[0], half, *x), jnp.float32) for x in ((_PART,), ())]
+    scratch = hopper_tiles.pipeline(spec, eights=True)
+    kernel = hopper_tiles.kernel(body, tuple(outputs), scratch, hopper.MULTIPROCESSORS)
+    row, column, logit, found, *_ = kernel(
+        *hopper_tiles.operands(spec, e, c), eights, columns, count[None], least, jnp.pad(labels, padding)
     )
-    return row, column, p, jnp.where(fits, counts, capacity + 1)
+    return row, column, logit, jnp.where(fits, found, capacity + 1)
+
+
+def _tiles(tokens, least, maxima):
+    """Tiles of the tokens that have a logit to keep in a block of columns, gathered 8 neighbours at a time.
+
+    Returns (eights, columns, count, fits): int32 [tiles, 16], the number of each 8 tokens, times 256, and a bit for
+    each of them that has one; int32 [tiles], the tiles' blocks of columns; how many tiles there are; and whether the
+    logits fit into the lists (else there is no tile).
+    """
+    columns, together = maxima.shape[0], hopper_tiles.ROWS // 8
+    kept = (maxima.astype(jnp.float32) >= least[None]).reshape(columns, -1, 8)
+    bits = (kept << jnp.arange(8, dtype=jnp.int32)[None, None]).sum(-1, dtype=jnp.int32)
+    # Each kept maximum is a logit to keep or the label's.
+    most = tokens * (_ENTRIES_PER_TOKEN + 1)
+    fits = lax.population_count(bits).sum() <= most
+    used = (bits > 0) & fits
+    tiles_of = (used.sum(1, dtype=jnp.int32) + together - 1) // together
+    most_tiles = min(pl.cdiv(most, together) + columns, columns * pl.cdiv(bits.shape[1], together))
+    first = (jnp.cumsum(tiles_of) - tiles_of) * together
+    place = jnp.where(used, first[:, None] + jnp.cumsum(used, axis=1) - 1, most_tiles * together)
+    numbered = bits | (jnp.arange(bits.shape[1], dtype=jnp.int32) << 8)[None]
+    eights = jnp.zeros(most_tiles * together, jnp.int32).at[place].set(numbered, mode="drop")
+    column_of = jnp.repeat(jnp.arange(columns, dtype=jnp.int32), tiles_of, total_repeat_length=most_tiles)
+    return eights.reshape(most_tiles, together), column_of, tiles_of.sum(), fits
+
+
+def _for_bits(bits, body, carry):
+    """``carry = body(n, carry)`` for each bit n of an int32 that is set."""
+
+    def step(state):
+        bits, carry = state
+        n = 31 - lax.clz(bits)
+        return bits ^ (1 << n), body(n, carry)
+
+    return lax.while_loop(lambda state: state[0] != 0, step, (bits, carry))[1]
+
+
+def starts_of(ordered, count):
+    """Where each of the numbers below ``count`` starts in an ordered list, and where the last ends: [count + 1]."""
+    # In one kernel; XLA's loop would start three for each step of the search.
+    starts = jnp.searchsorted(ordered, jnp.arange(count + 1, dtype=jnp.int32), method="scan_unrolled")
+    return starts.astype(jnp.int32)
 
 
 def _fractions_between(x, starts):
@@ -214,15 +249,20 @@ def _fractions_between(x, starts):
 
 def row_sums(x, index, weight, starts, factors, bases, dtype):
     """factors[:, i] @ bases + sum of weight[k] * x[index[k]] over k from starts[i] to starts[i + 1], for each i."""
-    width, (terms, rows), together = x.shape[1], factors.shape, 4
+    width, (terms, rows), together = x.shape[1], factors.shape, _TOGETHER
     x, bases = (hopper.padded(values, (1, 128)) for values in (x, bases))
-    rows_a_block = pl.cdiv(rows, 32 * hopper.MULTIPROCESSORS)
+    # Frequent entries come first and have long sums: neighbours go to different thread blocks, and each takes part of
+    # the columns, so that several rows can be on their way.
+    columns = max(size for size in range(128, _MOST_COLUMNS + 1, 128) if x.shape[1] % size == 0)
+    parts = x.shape[1] // columns
+    blocks = min(rows, pl.cdiv(32 * hopper.MULTIPROCESSORS, parts))
 
     def body(x_g, index_g, weight_g, starts_g, factors_g, bases_g, out_g):
-        bases = [bases_g[n] for n in range(terms)]
+        here = pl.ds(lax.axis_index("part") * columns, columns)
+        bases = [bases_g[n, here] for n in range(terms)]
 
         def row(r, _):
-            i = lax.axis_index("block") * rows_a_block + r
+            i = lax.axis_index("block") + r * blocks
 
             @pl.when(i < rows)
             def _():
@@ -230,22 +270,22 @@ def row_sums(x, index, weight, starts, factors, bases, dtype):
                 base = sum(factors_g[n, i] * base for n, base in enumerate(bases))
 
                 def add(step, total):
-                    for n in range(together):  # several rows on their way at once
+                    for n in range(together):
                         k = jnp.minimum(first + step * together + n, last - 1)
                         w = jnp.where(first + step * together + n < last, weight_g[k], 0.0)
-                        total += w * x_g[index_g[k]].astype(jnp.float32)
+                        total += w * x_g[index_g[k], here].astype(jnp.float32)
                     return total
 
                 total = lax.fori_loop(0, (last - first + together - 1) // together, add, base)
-                out_g[i] = total.astype(dtype)
+                out_g[i, here] = total.astype(dtype)
 
-        lax.fori_loop(0, rows_a_block, row, None)
+        lax.fori_loop(0, pl.cdiv(rows, blocks), row, None)
 
     kernel = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((rows, x.shape[1]), dtype),
-        grid=(pl.cdiv(rows, rows_a_block),),
-        grid_names=("block",),
+        grid=(blocks, parts),
+        grid_names=("block", "part"),
         compiler_params=hopper.PARAMS,
     )
     operands = x, index, weight, starts, factors, bases

@@ -125,19 +125,20 @@ def _numerators(spec, e, c, labels, reference):
         "q_s": plgpu.SMEM((2, 2, half, _PART), spec.operand_dtype, transforms=hopper.TRANSFORMS),
     }
     outputs = (
-        jax.ShapeDtypeStruct((tokens, vocabulary), spec.operand_dtype),  # what a tile has beyond is not written
+        # Copies are whole 8 rows; what a tile has beyond is not written.
+        jax.ShapeDtypeStruct((tokens + -tokens % 8, vocabulary), spec.operand_dtype),
         jax.ShapeDtypeStruct((splits, bands * hopper_tiles.ROWS), jnp.float32),
     )
     kernel = hopper_tiles.kernel(body, outputs, scratch, bands * splits)
     q, sums = kernel(*hopper_tiles.operands(spec, e, c), *per_row)
-    return q, sums.sum(0)[:tokens]
+    return q[:tokens], sums.sum(0)[:tokens]
 
 
 def _of_labels(spec, e, labels, weight, vocabulary):
     """What the labels' own logits give the classifier: for each entry the sum of weight * e over its tokens."""
     entry = jnp.where(labels >= 0, labels, vocabulary)
     order = jnp.argsort(entry, stable=True)
-    starts = jnp.searchsorted(entry[order], jnp.arange(vocabulary + 1, dtype=jnp.int32)).astype(jnp.int32)
+    starts = hopper_filter.starts_of(entry[order], vocabulary)
     none = jnp.zeros((1, vocabulary), jnp.float32), jnp.zeros((1, e.shape[1]), jnp.float32)
     sums = hopper_filter.row_sums(e, order.astype(jnp.int32), weight[order], starts, *none, jnp.float32)
     return sums if spec.classifier_layout == "vd" else sums.T

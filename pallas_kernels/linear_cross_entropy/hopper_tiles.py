@@ -24,11 +24,12 @@ _BANDS_TOGETHER = 16  # bands of rows at work at a time: what they read stays in
 LOWEST = -1e30  # the logit of a vocabulary entry that does not exist
 
 
-def run(spec, named, tile_at, count, compute, e_s, c_s, full, empty, lead, rows_last=False):
+def run(spec, named, tile_at, count, compute, e_s, c_s, full, empty, lead, rows_last=False, eights=None):
     """Runs ``compute(group, tile_logits)`` in both compute warpgroups while the third feeds them ``count`` tiles.
 
     ``tile_at(t)`` is the (band of rows, block of columns) of the t-th tile; ``tile_logits(t)`` its products [64, 256].
-    With ``rows_last`` the first operand lies as [D, rows].
+    With ``rows_last`` the first operand lies as [D, rows]. With ``eights`` a tile is no band: its i-th 8 rows are those
+    from row ``8 * eights(t, i)`` on.
     """
     e_g, c_g, layout = named["e_g"], named["c_g"], spec.classifier_layout
     steps = pl.cdiv(e_g.shape[0 if rows_last else 1], _DEPTH)
@@ -51,8 +52,14 @@ def run(spec, named, tile_at, count, compute, e_s, c_s, full, empty, lead, rows_
                     plgpu.barrier_wait(empty.at[slot])
 
                 depth = pl.ds(k * _DEPTH, _DEPTH)
-                part = e_g.at[depth, rows] if rows_last else e_g.at[rows, depth]
-                plgpu.copy_gmem_to_smem(part, e_s.at[slot], full.at[slot])
+                if eights is None:
+                    part = e_g.at[depth, rows] if rows_last else e_g.at[rows, depth]
+                    plgpu.copy_gmem_to_smem(part, e_s.at[slot], full.at[slot])
+                else:
+                    starts = [eights(t, i) * 8 for i in range(ROWS // 8)]  # before the first copy
+                    for i, start in enumerate(starts):
+                        part = e_g.at[pl.ds(start, 8), depth]
+                        plgpu.copy_gmem_to_smem(part, e_s.at[slot, pl.ds(i * 8, 8)], full.at[slot])
                 part = c_g.at[columns, depth] if layout == "vd" else c_g.at[depth, columns]
                 plgpu.copy_gmem_to_smem(part, c_s.at[slot], full.at[slot])
 
@@ -102,14 +109,14 @@ def run(spec, named, tile_at, count, compute, e_s, c_s, full, empty, lead, rows_
         compute(group, tile_logits)
 
 
-def pipeline(spec: Spec, rows_last: bool = False) -> dict[str, Any]:
+def pipeline(spec: Spec, rows_last: bool = False, eights: bool = False) -> dict[str, Any]:
     """The shared memory and barriers that ``run`` needs."""
     e_shape = (_DEPTH, ROWS) if rows_last else (ROWS, _DEPTH)
     c_shape = (COLUMNS, _DEPTH) if spec.classifier_layout == "vd" else (_DEPTH, COLUMNS)
     return {
         "e_s": plgpu.SMEM((_STAGES, *e_shape), spec.operand_dtype, transforms=TRANSFORMS),
         "c_s": plgpu.SMEM((_STAGES, *c_shape), spec.operand_dtype, transforms=TRANSFORMS),
-        "full": plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
+        "full": plgpu.Barrier(num_arrivals=1 + (ROWS // 8 if eights else 1), num_barriers=_STAGES),
         "empty": plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
         "lead": plgpu.Barrier(num_arrivals=1),
     }

@@ -208,6 +208,67 @@ FILTERED = {
 }
 
 
+def test_the_filter_gathers_the_tokens_that_need_a_tile():
+    from pallas_kernels.linear_cross_entropy import hopper_filter
+
+    rng, tokens = np.random.default_rng(0), 700  # 6 bands of rows, the last of them not whole
+    maxima, least = rng.normal(size=(5, 768)), rng.normal(2.5, 1, size=tokens)
+    maxima[3] = -9.0  # no token has anything there
+    least = np.pad(least, (0, 68), constant_values=np.inf)
+    eights, columns, count, fits = hopper_filter._tiles(tokens, jnp.asarray(least), jnp.asarray(maxima, jnp.float32))
+    found = [
+        (int(column), (eight >> 8) * 8 + bit)
+        for column, tile in zip(columns[:count], np.asarray(eights), strict=False)
+        for eight in tile.tolist()
+        for bit in range(8)
+        if eight >> bit & 1
+    ]
+    wanted = np.argwhere(maxima >= least)
+    assert fits and 0 < len(wanted) < 5 * tokens / 10
+    assert sorted(found) == list(map(tuple, wanted.tolist()))
+    assert count == sum(-(-len({t // 8 for c, t in found if c == column}) // 16) for column in range(5))
+
+
+ANY_SIZES = {
+    "filtered": (300, 70000, 256, "vd", {"filter_eps": "auto"}),
+    "filtered_dv": (301, 70007, 100, "dv", {"filter_eps": "auto"}),
+    "one_pass": (130, 576, 72, "vd", {}),
+    "one_pass_chunks": (4097, 50304, 64, "dv", {}),
+    "exact": (301, 1007, 100, "dv", {}),
+}
+
+
+@pytest.mark.parametrize("case", ANY_SIZES)
+def test_any_sizes(case):
+    """Lowered only, which needs no GPU and finds what the copy engine cannot tile, in the filter of both branches."""
+    from pallas_kernels.linear_cross_entropy import mosaic_gpu
+
+    tokens, vocabulary, width, layout, options = ANY_SIZES[case]
+    e, labels = jax.ShapeDtypeStruct((tokens, width), jnp.bfloat16), jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    c = jax.ShapeDtypeStruct((vocabulary, width) if layout == "vd" else (width, vocabulary), jnp.bfloat16)
+    spec = inputs.spec("mosaic_gpu", (e, c, None), layout, None, None, **options)
+    one_pass = mosaic_gpu.one_pass(spec, e, c, None, labels)
+    assert one_pass == case.startswith("one_pass")
+
+    def gradients(e, c, labels):
+        g = jnp.ones(tokens)
+        if one_pass:
+            return mosaic_gpu.forward_backward(spec, e, c, None, g, labels)[2][:2]
+        (_, lse, _), saved = mosaic_gpu.forward_saving(spec, e, c, None, labels)
+        return mosaic_gpu.backward(spec, e, c, None, labels, lse, g, 0 * g, jnp.float32(1), *saved)[:2]
+
+    lowered = jax.jit(gradients).trace(e, c, labels).lower(lowering_platforms=("cuda",))
+    assert [x.shape for x in lowered.out_info] == [e.shape, c.shape]
+
+
+def test_the_filter_finds_nothing_where_its_lists_are_too_short():
+    from pallas_kernels.linear_cross_entropy import hopper_filter
+
+    maxima, least = jnp.ones((80, 128)), jnp.zeros(128)
+    _, _, count, fits = hopper_filter._tiles(128, least, maxima)
+    assert count == 0 and not fits
+
+
 @interpreted
 @pytest.mark.slow
 @pytest.mark.parametrize("case", FILTERED)
