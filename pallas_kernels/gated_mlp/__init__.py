@@ -39,9 +39,9 @@ def gated_mlp(
             (a conditional, where there is ``run``), "reference" or None for the best.
 
     Returns:
-        [B, D] in the dtype of x. Sums and silu in float32; the normalised x, the hidden values and what is added to x
-        are rounded to the dtype of x, for "xla" products with gate and up as well. "mosaic_gpu" rounds x * norm_scale,
-        which float16 must hold, and divides the products by the root mean square. It has no derivative.
+        [B, D] in the dtype of x. Sums and silu in float32; the normalised x and the hidden values are rounded to the
+        dtype of x, for "xla" products with gate and up and what is added to x as well. "mosaic_gpu" rounds
+        x * norm_scale, which float16 must hold, and divides the products by the root mean square. It has no derivative.
 
     Raises:
         ValueError, TypeError: shapes or dtypes do not fit; the message says which.
