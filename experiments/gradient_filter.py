@@ -51,9 +51,10 @@ def filtered_cross_entropy(how: Filter, eps: float):
         filtered = jnp.where(left_out, 0, p)
         if how.spread and eps:
             out = jnp.where(left_out, p, 0)
-            prior = jnp.minimum(jax.nn.softmax(e.mean(0, dtype=z.dtype) @ c.astype(z.dtype)), eps / 2)[None]
+            cap = spread.cap(eps, c.shape[1])
+            prior = jnp.minimum(jax.nn.softmax(e.mean(0, dtype=z.dtype) @ c.astype(z.dtype)), cap)[None]
             sums = (x.sum(-1, keepdims=True) for x in (left_out, jnp.where(left_out, prior, 0)))
-            multiple, even = spread.rates(eps, out.sum(-1, keepdims=True), out.max(-1, keepdims=True), *sums)
+            multiple, even = spread.rates(cap, out.sum(-1, keepdims=True), out.max(-1, keepdims=True), *sums)
             filtered = jnp.where(left_out, multiple * prior + even, p)
         de, dc = (jnp.where(on, filtered, p) - hit for on in (how.embeddings, how.classifier))
         scale = cotangent / e.shape[0]

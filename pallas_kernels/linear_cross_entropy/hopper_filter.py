@@ -66,7 +66,8 @@ def gradients(spec, e, c, labels, z_label, lse, g, h, scale, maxima, logit_gradi
         own_prior, own_background = (jnp.take(x, column, mode="clip") for x in (prior, background))
         left_out = vocabulary - (starts[1:] - starts[:-1])
         kept, kept_of_prior = (_fractions_between(x[order], starts) for x in (p_all, own_prior))
-        rates = spread.rates(spec.filter_eps, jnp.maximum(1 - kept, 0), most, left_out, prior.sum() - kept_of_prior)
+        cap = spread.cap(spec.filter_eps, vocabulary)
+        rates = spread.rates(cap, jnp.maximum(1 - kept, 0), most, left_out, prior.sum() - kept_of_prior)
         multiple, even = (rate * (g + h) for rate in rates)
         weight = (weight - even[own] - multiple[own] * own_background) * scale
         multiple, even = multiple * scale, (even - spec.label_smoothing / spec.classes * g) * scale

@@ -313,7 +313,8 @@ def _embedding_kernel(
         if spec.filter_eps:
             most = lax.bitcast_convert_type(vectors_ref[4:, rows], jnp.float32)
             rest = jnp.maximum(1 - mass[:, rows], 0)
-            multiple, rate = spread.rates(spec.filter_eps, rest, most, left_out, scale_ref[1 + i])
+            cap = spread.cap(spec.filter_eps, tiles.vocabulary)
+            multiple, rate = spread.rates(cap, rest, most, left_out, scale_ref[1 + i])
             if spec.softcap is not None:
                 # The logit whose probability is the rate stands for all that are left out.
                 z = lse + jnp.log(jnp.maximum(rate, jnp.finfo(jnp.float32).tiny))

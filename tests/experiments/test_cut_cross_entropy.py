@@ -39,13 +39,17 @@ def logit_gradients(name, eps):
     z = 3 * jax.random.normal(jax.random.key(1), (6, 20))
     labels = jnp.argmin(z, axis=1)  # the least likely entry: below the threshold
     dc = jax.grad(cce.filtered_cross_entropy(how, eps), 1)(jnp.eye(6), z, labels)
-    prior = np.minimum(np.asarray(jax.nn.softmax(z.mean(0))), eps / 2)
+    prior = np.minimum(np.asarray(jax.nn.softmax(z.mean(0))), cap(eps, 20))
     return np.asarray(dc) * 6, np.asarray(jax.nn.softmax(z)), np.asarray(labels), prior
+
+
+def cap(eps, entries):
+    return min(max(1 / entries, eps / 4), eps / 2)
 
 
 def spread_by_hand(p, out, prior, eps):
     """What stands for the probabilities of one token where ``out``."""
-    multiple = min(p[out].sum() / prior[out].sum(), (p[out].max() - p[out].mean()) * 2 / eps)
+    multiple = min(p[out].sum() / prior[out].sum(), (p[out].max() - p[out].mean()) / cap(eps, p.size))
     return multiple * prior[out] + p[out].mean() - multiple * prior[out].mean()
 
 
@@ -120,7 +124,7 @@ def test_the_error_of_a_threshold_is_what_the_left_out_entries_would_have_given(
     rounding = np.linalg.norm(np.asarray(jnp.asarray(exact).astype(jnp.bfloat16), np.float32) - exact)
     for threshold, kept, left_out, dropped, spread in table.rows:
         out = (p < threshold) & (np.eye(30)[labels] == 0)
-        prior = np.minimum(np.asarray(jax.nn.softmax(e.mean(0) @ c)), threshold / 2)
+        prior = np.minimum(np.asarray(jax.nn.softmax(e.mean(0) @ c)), cap(threshold, 30))
         changed = np.zeros_like(p)
         for row, q, left in zip(changed, p, out, strict=True):
             row[left] = q[left] - spread_by_hand(q, left, prior, threshold) if left.any() else 0

@@ -317,7 +317,7 @@ def test_interpreted_filter_spreads_what_it_leaves_out_by_the_prior(monkeypatch)
     prior = spread.prior(spec, e, c, g + h != 0)[0][None]
     mass, of_prior = (jnp.where(out, x, 0).sum(1, keepdims=True) for x in (p, prior))
     most = jnp.minimum(p.max(1, keepdims=True), eps)  # of any entry: all that the kernel knows
-    multiple, even = spread.rates(eps, mass, most, out.sum(1, keepdims=True), of_prior)
+    multiple, even = spread.rates(spread.cap(eps, 300), mass, most, out.sum(1, keepdims=True), of_prior)
     evenly = mass / out.sum(1, keepdims=True)
     by_prior, evenly = (
         jnp.where(out, x, p) * (g + h)[:, None] - hit * g[:, None] for x in (multiple * prior + even, evenly)

@@ -146,10 +146,11 @@ def filtered(e, c, labels, g, h, keep, eps, sizes, softcap=None, smoothing=0.0, 
     average = e[valid[:, 0]].mean(0) @ c.T
     average = average if softcap is None else softcap * np.tanh(average / softcap)
     prior = np.exp(average - average.max())
-    prior = np.minimum(prior / prior.sum(), eps / 2)[None]
+    cap = min(max(1 / vocabulary, eps / 4), eps / 2)
+    prior = np.minimum(prior / prior.sum(), cap)[None]
     mass, left_of_prior = (np.where(kept, 0, x).sum(1, keepdims=True) for x in (p, np.broadcast_to(prior, p.shape)))
     most = np.where(kept, 0, p).max(1, keepdims=True)
-    multiple = np.minimum(mass / np.maximum(left_of_prior, 1e-300), (most - mass / rest) * 2 / eps)
+    multiple = np.minimum(mass / np.maximum(left_of_prior, 1e-300), (most - mass / rest) / cap)
     rate = np.maximum(mass - multiple * left_of_prior, 0) / rest
     flat = 1.0 if softcap is None else 1 - ((lse + np.log(np.maximum(rate, 1e-300))) / softcap) ** 2
     sloped = prior if softcap is None else prior * (1 - (average / softcap) ** 2)

@@ -8,21 +8,22 @@ import pytest
 
 from pallas_kernels.linear_cross_entropy import spread
 
-EPS = 2.0**-6
+EPS, ENTRIES = 2.0**-6, 400
+CAP = EPS / 4  # more than 1 / ENTRIES
 
 
 def spread_out(p, out, prior):
     """What stands for the probabilities ``p`` where ``out``."""
     mass, most, of_prior = (jnp.sum(p * out), jnp.max(p * out), jnp.sum(prior * out))
-    multiple, even = spread.rates(EPS, mass, most, out.sum(), of_prior)
+    multiple, even = spread.rates(CAP, mass, most, out.sum(), of_prior)
     return np.where(out, multiple * prior + even, p)
 
 
-def problem(seed, sharpness=2.0, entries=400):
+def problem(seed, sharpness=2.0, entries=ENTRIES):
     rng = np.random.default_rng(seed)
     logits = sharpness * rng.normal(size=entries)
     p, q = (np.exp(z) / np.exp(z).sum() for z in (logits + rng.normal(size=entries), logits))
-    return p, p < EPS, np.minimum(q, EPS / 2)
+    return p, p < EPS, np.minimum(q, CAP)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -48,7 +49,11 @@ def test_a_uniform_softmax_stays_as_it_is_whatever_the_prior():
 
 def test_a_prior_without_weight_where_entries_are_left_out_leaves_the_mean():
     p, out, _ = problem(2)
-    np.testing.assert_allclose(spread_out(p, out, np.where(out, 0, EPS / 2))[out], p[out].mean(), rtol=1e-5)
+    np.testing.assert_allclose(spread_out(p, out, np.where(out, 0, CAP))[out], p[out].mean(), rtol=1e-5)
+
+
+def test_the_prior_may_have_the_even_share_between_a_quarter_and_half_of_eps():
+    assert [spread.cap(2**-12, entries) for entries in (256_000, 10_000, 100)] == [2**-14, 1e-4, 2**-13]
 
 
 @pytest.mark.parametrize(("layout", "softcap"), [("vd", None), ("dv", 3.0)])
@@ -60,8 +65,8 @@ def test_the_prior_is_the_softmax_of_the_average_token_that_counts(layout, softc
     share, sloped = spread.prior(spec, *operands)
     z = e[counts].mean(0) @ c.T
     z = z if softcap is None else softcap * np.tanh(z / softcap)
-    want = np.minimum(np.exp(z) / np.exp(z).sum(), 0.05)
-    assert (want == 0.05).any()
+    want = np.minimum(np.exp(z) / np.exp(z).sum(), 0.025)
+    assert (want == 0.025).any()
     np.testing.assert_allclose(share, want, rtol=1e-5)
     np.testing.assert_allclose(sloped, want * (1 if softcap is None else 1 - (z / softcap) ** 2), rtol=1e-4)
 
