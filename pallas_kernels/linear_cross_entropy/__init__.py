@@ -75,7 +75,7 @@ def linear_cross_entropy(
             over the entries left out, in proportion to the softmax of the average embedding (of all tokens of the
             call, so of each device its own), so that the gradient of its logits keeps its sum and no entry changes
             by filter_eps. "auto" is a 32nd of the embeddings' epsilon (2**-12 for bfloat16, the paper's). 0 is
-            exact. What it costs: on a small pretrained model the embeddings' gradient is off by 8 times what rounding
+            exact. What it costs: on a small pretrained model the embeddings' gradient is off by 6 times what rounding
             it to bfloat16 takes at 2**-12, by less than once at 2**-16 (left out and not spread: 26 and 7 times).
             How much is left out is up to the implementation ("chunked", "reference" and any call with a bias:
             nothing); the label's own entry never is. It pays where the softmax is peaked; with V below
