@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
 TPU = {
@@ -44,6 +45,8 @@ T4 = gpu_target("Tesla T4", 7, 5, 64, 40, 4, 15_655_829_504)
 needs_cuda_plugin = pytest.mark.skipif(
     not any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (12, 13)), reason="no CUDA plugin wheel"
 )
+# To lower a kernel for CUDA no plugin is needed.
+needs_mosaic_gpu = pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="Mosaic GPU of this JAX is too old")
 
 
 def compile_in_a_process(program: str, *arguments: str, environment: dict[str, str], timeout: float = 900):

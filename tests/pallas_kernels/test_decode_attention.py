@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.skip_attention import append_kv, decode_attention
+from tests.aot import needs_mosaic_gpu
 
 
 def problem(batch=3, slots=300, groups=2, heads=4, width=64, dtype="float32", seed=0):
@@ -68,11 +69,9 @@ def test_the_hopper_kernel_in_the_interpreter(options):
     assert (np.asarray(found)[~active] == 0).all()
 
 
+@needs_mosaic_gpu
 def test_the_hopper_kernel_takes_any_number_of_slots():
     """Of 300 slots the copy engine can make no tiles of 8, which only lowering finds."""
-    pytest.importorskip("jax.experimental.pallas.mosaic_gpu", exc_type=ImportError)
-    if jax.__version_info__ < (0, 10):
-        pytest.skip("Mosaic GPU of this JAX is too old")
     from pallas_kernels.skip_attention import decode_mosaic_gpu
 
     ints = [jnp.zeros(3, jnp.int32)] * 3

@@ -19,7 +19,7 @@ from pallas_kernels.linear_cross_entropy import (
     spread,
 )
 from pallas_kernels.linear_cross_entropy.noise import Draw, key_words
-from tests.aot import GPU, H200, compile_in_a_process, needs_cuda_plugin
+from tests.aot import GPU, H200, compile_in_a_process, needs_cuda_plugin, needs_mosaic_gpu
 
 interpreted = pytest.mark.skipif(
     not hasattr(plgpu, "force_gpu_interpret_mode"), reason="the Mosaic GPU interpreter came with JAX 0.11"
@@ -238,6 +238,7 @@ ANY_SIZES = {
 }
 
 
+@needs_mosaic_gpu
 @pytest.mark.parametrize("case", ANY_SIZES)
 def test_any_sizes(case):
     """Lowered only, which needs no GPU and finds what the copy engine cannot tile, in the filter of both branches."""
