@@ -56,7 +56,7 @@ def run(spec, named, tile_at, count, compute, e_s, c_s, full, empty, lead, rows_
                     part = e_g.at[depth, rows] if rows_last else e_g.at[rows, depth]
                     plgpu.copy_gmem_to_smem(part, e_s.at[slot], full.at[slot])
                 else:
-                    starts = [eights(t, i) * 8 for i in range(ROWS // 8)]  # before the first copy
+                    starts = [eights(t, i) * 8 for i in range(ROWS // 8)]  # all read before the first copy
                     for i, start in enumerate(starts):
                         part = e_g.at[pl.ds(start, 8), depth]
                         plgpu.copy_gmem_to_smem(part, e_s.at[slot, pl.ds(i * 8, 8)], full.at[slot])

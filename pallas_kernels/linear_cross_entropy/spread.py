@@ -13,8 +13,8 @@ def cap(eps: float, vocabulary: int) -> float:
     """The largest value of the prior: the even share, but at least a quarter of eps and at most half of it.
 
     All that was left out is below eps, and the prior's most frequent entries are hardly ever left out: uncapped they
-    would take what belongs to others. A quarter was best for the gradients of SmolLM2 and for a GPT-2 small trained
-    from scratch; of a smaller vocabulary it would cut off what is no more frequent than the mean.
+    would take what belongs to others. A quarter was best for a GPT-2 small trained from scratch and nearly so for the
+    gradients of SmolLM2; of a smaller vocabulary it would cut off what is no more frequent than the mean.
     """
     return min(max(1 / vocabulary, eps / 4), eps / 2)
 
