@@ -77,7 +77,7 @@ def block(x, norm_scale, gate_up, down, run, epsilon):
     batch, width, hidden = *x.shape, gate_up.shape[1]
     flag = [] if run is None else [run.reshape(1)]
     # Copies are whole 8 rows. Those past the end of a smaller array are zeros; a larger one cannot be tiled.
-    tokens = x if batch < 8 else jnp.pad(x, ((0, -batch % 8), (0, 0)))
+    tokens = x if batch < 8 else hopper.padded(x, (8, 1))
     h = _hidden(gate_up_split(batch, width, hidden), epsilon, tokens, norm_scale, gate_up, flag)
     parts = _products(down_split(batch, width, hidden), h, down, flag)
     # Rounded once, at the end: XLA may leave a rounding in between out of one program and not of another.

@@ -24,7 +24,7 @@ LEAST_VOCABULARY = 65536
 # Softmax entries that the filter keeps, per token on average; with more, the gradients are computed exactly instead.
 _ENTRIES_PER_TOKEN = 64
 _PART = 64  # columns of a tile that are searched for entries at a time
-_MOST_COLUMNS, _TOGETHER = 1024, 8  # of a row that a thread block sums, and rows on their way
+_MOST_COLUMNS, _TOGETHER = 1024, 8  # of a row that a thread block sums, and rows on their way: measured on an H200
 _SMALL_SLAB_BYTES, _SMALL_BLOCK = 12 * 2**20, 1024  # for the exact gradients, then: they share the entries' memory
 
 
@@ -123,17 +123,16 @@ def _entries(spec, e, c, labels, least, maxima):
         e_g, c_g, eights_g, columns_g, count_g, least_g, labels_g, row_g, column_g, logit_g, found_g, z_g, top_g,
         **pipeline,
     ):  # fmt: skip
-        block = lax.axis_index("block")
-        count = (count_g[0] - block + hopper.MULTIPROCESSORS - 1) // hopper.MULTIPROCESSORS
+        count, own = hopper_tiles.own_tiles(count_g[0])
 
         def tile_at(t):
-            return 0, columns_g[block + t * hopper.MULTIPROCESSORS]
+            return 0, columns_g[own(t)]
 
         def eight_at(t, i):
-            return eights_g[block + t * hopper.MULTIPROCESSORS, i]
+            return eights_g[own(t), i]
 
         def compute(group, tile_logits):
-            out = block * 2 + group
+            out = lax.axis_index("block") * 2 + group
 
             def tile(t, found):
                 _, column = tile_at(t)

@@ -26,11 +26,10 @@ def einsum(spec, subscripts, a, b, dtype):
     tiles, half = bands * blocks, hopper_tiles.ROWS // 2
 
     def body(a_g, b_g, out_g, out_s, **pipeline):
-        block = lax.axis_index("block")
-        count = (tiles - block + hopper.MULTIPROCESSORS - 1) // hopper.MULTIPROCESSORS
+        count, own = hopper_tiles.own_tiles(tiles)
 
         def tile_at(t):
-            return hopper_tiles.grouped(block + t * hopper.MULTIPROCESSORS, bands, blocks)
+            return hopper_tiles.grouped(own(t), bands, blocks)
 
         def compute(group, tile_products):
             def tile(t, _):

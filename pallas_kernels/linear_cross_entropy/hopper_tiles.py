@@ -137,6 +137,12 @@ def kernel(body, outputs, scratch, blocks):
     return lambda *operands: varying_like(operands, call(*operands))
 
 
+def own_tiles(tiles):
+    """(how many of ``tiles`` this thread block takes, of one for each multiprocessor; the number of its t-th)."""
+    block = lax.axis_index("block")
+    return (tiles - block + MULTIPROCESSORS - 1) // MULTIPROCESSORS, lambda t: block + t * MULTIPROCESSORS
+
+
 def splits(bands: int, columns: int) -> int:
     """Into how many parts the vocabulary is split, so that whole waves of thread blocks have the same work."""
     return min(columns, max(math.lcm(bands, MULTIPROCESSORS) // bands, 1))

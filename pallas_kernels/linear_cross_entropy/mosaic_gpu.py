@@ -204,12 +204,11 @@ def _logit_gradients(spec, e, c, b, labels, lse, g, h, start, size):
     def body(*refs, out_s, **pipeline):
         names = ("e_g", "c_g", *(() if b is None else ("b_g",)), "start_g", "rows_g", "labels_g", "out_g")
         named = dict(zip(names, refs, strict=True))
-        block = lax.axis_index("block")
         first = named["start_g"][0] // hopper_tiles.COLUMNS
-        count = (tiles - block + hopper.MULTIPROCESSORS - 1) // hopper.MULTIPROCESSORS
+        count, own = hopper_tiles.own_tiles(tiles)
 
         def tile_at(t):
-            band, column = hopper_tiles.grouped(block + t * hopper.MULTIPROCESSORS, bands, columns)
+            band, column = hopper_tiles.grouped(own(t), bands, columns)
             return band, first + column
 
         def compute(group, tile_logits):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import hopper
+from pallas_kernels.skip_attention.hopper_tiles import whole
 
 _CHUNK = 128  # slots at a time
 
@@ -31,8 +32,7 @@ def attend(query, keys, values, lengths, start, count, scale):
     parts = min(pl.cdiv(slots, _CHUNK), max(1, hopper.MULTIPROCESSORS // (batch * groups)))
     stages = max(1, _STAGE_BYTES // (2 * _CHUNK * width * query.dtype.itemsize))
     query = hopper.padded(query.reshape(batch, groups, share, width), (1, 1, rows, 1))
-    # What the copy engine cannot tile is padded, that is, copied.
-    keys, values = (hopper.padded(x, (1, 8, 1, 1)) for x in (keys, values))
+    keys, values = whole(keys), whole(values)
     recent = jnp.stack([start, jnp.where(count > 0, start + count, 0)])  # an empty range visits no chunk
 
     def body(

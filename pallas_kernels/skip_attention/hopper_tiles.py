@@ -42,6 +42,11 @@ class Schedule(NamedTuple):
         return min(self.tiles, hopper.MULTIPROCESSORS)
 
 
+def whole(x):
+    """x [B, T, H, K] padded to whole 8 tokens, as the copy engine wants it: a copy, if T is not a multiple of 8."""
+    return hopper.padded(x, (1, 8, 1, 1))
+
+
 def schedule(batch: int, heads: int, blocks: int, bytes_a_head: int, share: int = 1) -> Schedule:
     """``bytes_a_head``: of what all tiles of a head read."""
     few = -(-2 * hopper.MULTIPROCESSORS // max(blocks, 1))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import hopper
 from pallas_kernels.skip_attention import hopper_backward, hopper_forward, hopper_tiles
+from pallas_kernels.skip_attention.hopper_tiles import whole
 from pallas_kernels.skip_attention.reference import Places, Spec, Visits
 
 # One pass needs copies that add, which came with JAX 0.11; it is faster, and dq is not the same bit for bit each time.
@@ -22,7 +23,7 @@ def forward(spec: Spec, q, k, v, rows: Visits, places: Places):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(spec, q, k, v, lists, masks):
-    out, lse = hopper_forward.run(spec, _whole(q), _whole(k), _whole(v), lists, masks)
+    out, lse = hopper_forward.run(spec, whole(q), whole(k), whole(v), lists, masks)
     return out[:, : q.shape[1]], lse[:, :, : q.shape[1]]
 
 
@@ -39,7 +40,7 @@ def _backward(spec, q, k, v, rows, columns, masks, lse, delta, do):
     lse2 = jnp.where(lse == -jnp.inf, jnp.inf, lse * hopper.LOG2E)
     padding = ((0, 0), (0, 0), (0, -lse.shape[2] % spec.block_q))
     lse2, less = jnp.pad(lse2, padding, constant_values=jnp.inf), jnp.pad(-delta, padding)
-    operands = _whole(q), _whole(k), _whole(v), _whole(do.astype(q.dtype)), lse2, less
+    operands = whole(q), whole(k), whole(v), whole(do.astype(q.dtype)), lse2, less
     if ONE_PASS and q.shape[-1] == 128 and spec.block_kv == 128:
         batch, _, heads, width = q.shape
 
@@ -54,11 +55,6 @@ def _backward(spec, q, k, v, rows, columns, masks, lse, delta, do):
         dq = hopper_backward.query_gradient(spec, *operands, rows, masks)
         dk, dv = hopper_backward.key_gradients(spec, *operands, columns, masks)
     return dq[:, : q.shape[1]], dk[:, : k.shape[1]], dv[:, : k.shape[1]]
-
-
-def _whole(x):
-    """x [B, T, ...] padded to whole 8 tokens, as the copy engine wants it: a copy, if T is not a multiple of 8."""
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0)))
 
 
 def _check(spec, q):

@@ -241,7 +241,7 @@ ANY_SIZES = {
 @needs_mosaic_gpu
 @pytest.mark.parametrize("case", ANY_SIZES)
 def test_any_sizes(case):
-    """Lowered only, which needs no GPU and finds what the copy engine cannot tile, in the filter of both branches."""
+    """Lowered only, which needs no GPU and finds what the copy engine cannot tile, of the filter in both branches."""
     from pallas_kernels.linear_cross_entropy import mosaic_gpu
 
     tokens, vocabulary, width, layout, options = ANY_SIZES[case]

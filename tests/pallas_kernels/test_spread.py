@@ -8,8 +8,8 @@ import pytest
 
 from pallas_kernels.linear_cross_entropy import spread
 
-EPS, ENTRIES = 2.0**-6, 400
-CAP = EPS / 4  # more than 1 / ENTRIES
+EPS = 2.0**-6
+CAP = EPS / 4  # more than 1 / 400
 
 
 def spread_out(p, out, prior):
@@ -19,7 +19,7 @@ def spread_out(p, out, prior):
     return np.where(out, multiple * prior + even, p)
 
 
-def problem(seed, sharpness=2.0, entries=ENTRIES):
+def problem(seed, sharpness=2.0, entries=400):
     rng = np.random.default_rng(seed)
     logits = sharpness * rng.normal(size=entries)
     p, q = (np.exp(z) / np.exp(z).sum() for z in (logits + rng.normal(size=entries), logits))
